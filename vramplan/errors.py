@@ -1,0 +1,71 @@
+"""Every error a user can meet.
+
+    VramplanError                 exit code 1
+    ├── ConfigError               exit code 2   bad input: field, value, rule, nearest legal values
+    │   └── DataError             exit code 2   the same for Parquet files, shards and run directories
+    ├── DoesNotFitError           exit code 3   nothing in the search fits the budget
+    └── TokenizerUnavailableError exit code 1   no source for the merge table could be reached
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class VramplanError(Exception):
+    """Base of every error that is shown to the user as one message, without a traceback."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with the input: which field, its value, the rule it breaks, and what to do instead."""
+
+    field: str
+    value: object
+    rule: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        shown = f'"{self.value}"' if isinstance(self.value, str) else str(self.value)
+        text = f"{self.field}={shown} {self.rule}"
+        return f"{text}: {self.remedy}" if self.remedy else text
+
+
+class ConfigError(VramplanError):
+    """Bad input. Carries *all* problems found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem], source: str = "") -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        self.source = source
+        head = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            text = head + str(self.problems[0])
+        else:
+            text = f"{head}{len(self.problems)} problems\n" + "\n".join(f"  * {p}" for p in self.problems)
+        super().__init__(text)
+
+
+class DataError(ConfigError):
+    """A data file, shard directory or run directory that cannot be used as it is."""
+
+
+class DoesNotFitError(VramplanError):
+    """Nothing that was searched fits the budget; the message names the smallest thing that would."""
+
+    exit_code = 3
+
+
+class TokenizerUnavailableError(VramplanError):
+    """GPT-2's merge table is neither cached, nor downloadable, nor installed as a package."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return ``did you mean ...?`` for the nearest known words, or the whole list when none is near."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,233 @@
+"""The dimensions of a GPT: parameters, FLOPs, what is legal, and the candidates near a target size.
+
+Numeric fields may be Python integers or numpy arrays that broadcast together; every formula here works on both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import Problem
+
+Ints = Any  # an int, or a numpy integer array: the formulas below do not care
+
+GPT2_VOCAB = 50257
+PADDED_GPT2_VOCAB = 50304
+"""GPT-2's 50,257 tokens rounded up to a multiple of 64, which tensor cores prefer (nanoGPT's choice)."""
+
+MAX_FUSED_HEAD_DIM = 256
+"""Above this the fused attention kernels do not apply and the scores are materialised (torch's sdp_utils)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One GPT-2-style decoder: learned positions, pre-LayerNorm blocks, an MLP four times as wide, GELU.
+
+    ``bias`` gives every linear layer and LayerNorm a bias; ``tied`` shares the token embedding with the output head.
+    """
+
+    n_layer: Ints
+    n_head: Ints
+    n_embd: Ints
+    vocab_size: Ints = PADDED_GPT2_VOCAB
+    block_size: Ints = 1024
+    bias: bool = False
+    tied: bool = True
+
+    @property
+    def head_dim(self) -> Ints:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def embedding_parameters(self) -> Ints:
+        """Token embedding plus learned positions."""
+        return (self.vocab_size + self.block_size) * self.n_embd
+
+    @property
+    def head_parameters(self) -> Ints:
+        """The output head's own weights: none when tied."""
+        return 0 if self.tied else self.vocab_size * self.n_embd
+
+    @property
+    def block_parameters(self) -> Ints:
+        """Weights of one block: 12 h^2 in four matrices, two LayerNorms, and their biases if any."""
+        h = self.n_embd
+        return 12 * h * h + 2 * h + (9 * h + 2 * h if self.bias else 0)
+
+    @property
+    def parameters(self) -> Ints:
+        """All trainable parameters, shared ones once."""
+        final_norm = self.n_embd * (2 if self.bias else 1)
+        return self.embedding_parameters + self.head_parameters + self.n_layer * self.block_parameters + final_norm
+
+    @property
+    def matmul_parameters(self) -> Ints:
+        """Parameters that multiply activations: the blocks' matrices and the (possibly tied) head."""
+        return 12 * self.n_embd * self.n_embd * self.n_layer + self.vocab_size * self.n_embd
+
+    @property
+    def flops_per_token(self) -> Ints:
+        """Model FLOPs of a forward and backward pass per token, the numerator of MFU.
+
+        6 x (parameters without positions) + 12 L h T, not halved for causality (PaLM, appendix B).
+        """
+        positions = self.block_size * self.n_embd
+        return 6 * (self.parameters - positions) + 12 * self.n_layer * self.n_embd * self.block_size
+
+    @property
+    def label(self) -> str:
+        """``12L/12H/768E``."""
+        return f"{self.n_layer}L/{self.n_head}H/{self.n_embd}E"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedShape:
+    """A shape that somebody trained and published."""
+
+    name: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+PUBLISHED = (
+    # Pythia: Biderman et al. 2023, table 1; GPT-2: Radford et al. 2019; GPT-3: Brown et al. 2020, table 2.1
+    PublishedShape("Pythia 14M", 6, 4, 128),
+    PublishedShape("Pythia 31M", 6, 8, 256),
+    PublishedShape("Pythia 70M", 6, 8, 512),
+    PublishedShape("GPT-2 / GPT-3 small", 12, 12, 768),
+    PublishedShape("GPT-2 / GPT-3 medium", 24, 16, 1024),
+    PublishedShape("GPT-2 large", 36, 20, 1280),
+    PublishedShape("GPT-3 large", 24, 16, 1536),
+    PublishedShape("Pythia 1B", 16, 8, 2048),
+    PublishedShape("GPT-2 XL", 48, 25, 1600),
+    PublishedShape("Pythia 1.4B", 24, 16, 2048),
+    PublishedShape("Pythia 2.8B", 32, 32, 2560),
+    PublishedShape("Pythia 6.9B", 32, 32, 4096),
+)
+
+CONVENTIONAL_ASPECT = (21.0, 171.0)
+"""Width/depth of the published shapes above run from 21 (Pythia 14M) and 33 (GPT-2 XL) to 128 (Pythia 1B)."""
+
+TIE = 0.02
+"""Two shapes whose distances from the target fall into the same 2 % step are equally near."""
+
+
+def published_name(shape: Shape) -> str | None:
+    """Name of the published model with these dimensions, if there is one."""
+    key = (shape.n_layer, shape.n_head, shape.n_embd)
+    return next((p.name for p in PUBLISHED if (p.n_layer, p.n_head, p.n_embd) == key), None)
+
+
+def check_shape(shape: Shape) -> list[Problem]:
+    """List everything that makes a shape impossible, each with the nearest legal values. Empty when legal."""
+    problems = []
+    for field in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+        value = getattr(shape, field)
+        if value < 1:
+            problems.append(Problem(field, value, "must be at least 1"))
+    if problems:
+        return problems
+    if shape.n_embd % shape.n_head:
+        problems.append(
+            Problem(
+                "n_embd",
+                shape.n_embd,
+                f"is not divisible by n_head={shape.n_head}",
+                "use " + "; or ".join(describe_alternatives(shape)),
+            )
+        )
+    return problems
+
+
+def describe_alternatives(shape: Shape) -> list[str]:
+    """Words for each legal neighbour of an indivisible shape, good ones first."""
+    return [
+        f"n_embd={s.n_embd} with n_head={s.n_head} (head_dim {s.head_dim}{_awkward(s.head_dim)}, "
+        f"{s.parameters / 1e6:.1f}M parameters)"
+        for s in legal_neighbours(shape)
+    ]
+
+
+def _awkward(head_dim: int) -> str:
+    if head_dim % 8:
+        return ", not a multiple of 8: attention pads it"
+    return ""
+
+
+def legal_neighbours(shape: Shape) -> list[Shape]:
+    """Legal shapes near one whose width its heads do not divide.
+
+    First the same width with other head counts that give head_dim 64, 32 or 128; then the published width for this
+    head count (or head_dim 64); then the nearest multiples of n_head with head_dim a multiple of 8, and the nearest of all.
+    """
+    h, heads = shape.n_embd, shape.n_head
+    found: list[Shape] = []
+
+    def offer(n_head: int, n_embd: int) -> None:
+        candidate = replace(shape, n_head=n_head, n_embd=n_embd)
+        if n_head >= 1 and n_embd >= n_head and candidate not in found:
+            found.append(candidate)
+
+    same_width = [h // d for d in (64, 32, 128) if h % d == 0]
+    if not same_width:
+        same_width = sorted((k for k in range(1, h + 1) if h % k == 0), key=lambda k: (abs(k - heads), k))[:2]
+    for n_head in sorted(same_width, key=lambda k: (abs(k - heads), k))[:2]:
+        offer(n_head, h)
+    offer(heads, 64 * heads)
+    step = 8 * heads
+    for n_embd in (h // step * step, h // step * step + step, h // heads * heads, h // heads * heads + heads):
+        if n_embd > 0:
+            offer(heads, n_embd)
+    return found
+
+
+def conventional(shape: Shape) -> bool:
+    """Whether proportions are those of published GPTs: head_dim 64 or 128, width a multiple of 64, usual width/depth.
+
+    A shape that was itself published counts as conventional whatever its proportions.
+    """
+    if published_name(shape) is not None:
+        return True
+    low, high = CONVENTIONAL_ASPECT
+    return (
+        shape.n_embd % shape.n_head == 0
+        and shape.head_dim in (64, 128)
+        and shape.n_embd % 64 == 0
+        and low <= shape.n_embd / shape.n_layer <= high
+    )
+
+
+def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
+    """Every legal shape within ``tolerance`` (a fraction) of ``target`` parameters, nearest and most usual first.
+
+    Widths are multiples of 64 from 64 to 8192, heads 64 or 128 wide, any depth; published shapes are always offered.
+    ``like`` gives vocabulary, block size, biases and tying. Sorted by: conventional, distance in steps of TIE,
+    published, distance, head_dim 64 before 128.
+    """
+    low, high = target * (1 - tolerance), target * (1 + tolerance)
+    found: dict[tuple[int, int, int], Shape] = {}
+    for p in PUBLISHED:
+        shape = replace(like, n_layer=p.n_layer, n_head=p.n_head, n_embd=p.n_embd)
+        if low <= shape.parameters <= high:
+            found[(p.n_layer, p.n_head, p.n_embd)] = shape
+    for n_embd in range(64, 8193, 64):
+        one = replace(like, n_layer=1, n_head=1, n_embd=n_embd)
+        outside = one.parameters - one.block_parameters
+        fewest = max(1, math.ceil((low - outside) / one.block_parameters))
+        most = math.floor((high - outside) / one.block_parameters)
+        for n_layer in range(fewest, most + 1):
+            for head_dim in (64, 128):
+                if n_embd % head_dim == 0:
+                    n_head = n_embd // head_dim
+                    shape = replace(one, n_layer=n_layer, n_head=n_head)
+                    found.setdefault((n_layer, n_head, n_embd), shape)
+
+    def key(s: Shape) -> tuple[bool, int, bool, float, bool]:
+        distance = abs(s.parameters - target) / target
+        return (not conventional(s), math.floor(distance / TIE), published_name(s) is None, distance, s.head_dim != 64)
+
+    return sorted(found.values(), key=key)

@@ -1,0 +1,81 @@
+"""How one optimizer step is run: everything besides the shape that decides memory and speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import Problem, did_you_mean
+from .shape import Ints, Shape
+
+DType = Literal["float32", "bfloat16", "float16"]
+Loss = Literal["full", "chunked"]
+Checkpointing = Literal["none", "block"]
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw8bit"]
+Workload = Literal["vramplan", "nanogpt", "autocast"]
+DeviceKind = Literal["cuda", "cpu"]
+
+DEFAULT_LOSS_CHUNK = 1024
+"""Tokens per slice of the chunked loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepConfig:
+    """One training step. ``batch_size`` and ``grad_accum`` may be numpy arrays; the rest selects a tensor table.
+
+    ``workload`` names the script: ``vramplan`` is our trainer; ``nanogpt`` is nanoGPT's train.py; ``autocast`` the
+    common hand-written loop (``cross_entropy(logits.float())`` under autocast, logits kept by the caller).
+    """
+
+    batch_size: Ints = 1
+    grad_accum: Ints = 1
+    dtype: DType = "bfloat16"
+    compile: bool = False
+    loss: Loss = "chunked"
+    loss_chunk_tokens: Ints = DEFAULT_LOSS_CHUNK
+    checkpointing: Checkpointing = "none"
+    optimizer: Optimizer = "adamw-fused"
+    workload: Workload = "vramplan"
+    device: DeviceKind = "cuda"
+
+    @property
+    def half(self) -> bool:
+        """Whether activations are two bytes wide."""
+        return self.dtype != "float32"
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": get_args(DType),
+    "loss": get_args(Loss),
+    "checkpointing": get_args(Checkpointing),
+    "optimizer": get_args(Optimizer),
+    "workload": get_args(Workload),
+    "device": get_args(DeviceKind),
+}
+
+
+def check_step(step: StepConfig) -> list[Problem]:
+    """List everything that makes the settings impossible or mutually exclusive. Empty when legal."""
+    problems = []
+    for field in ("batch_size", "grad_accum", "loss_chunk_tokens"):
+        value = getattr(step, field)
+        if value < 1:
+            problems.append(Problem(field, value, "must be at least 1"))
+    for field, known in CHOICES.items():
+        value = getattr(step, field)
+        if value not in known:
+            problems.append(Problem(field, value, "is not one of the choices", did_you_mean(str(value), known)))
+    if step.workload != "vramplan":
+        script = {"nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop"}.get(step.workload, "")
+        if step.loss == "chunked":
+            problems.append(Problem("loss", "chunked", f"does not exist in {script}", "use loss=full"))
+        if step.checkpointing != "none":
+            problems.append(Problem("checkpointing", step.checkpointing, f"does not exist in {script}", "use none"))
+        if step.optimizer == "adamw8bit":
+            problems.append(Problem("optimizer", step.optimizer, f"does not exist in {script}", "use adamw-fused"))
+    return problems
+
+
+def tokens_per_step(shape: Shape, step: StepConfig) -> Ints:
+    """batch_size x grad_accum x block_size."""
+    return step.batch_size * step.grad_accum * shape.block_size

@@ -1,0 +1,224 @@
+"""RunConfig: the one contract. ``plan`` writes it, ``probe`` and ``train`` read it, as TOML.
+
+Sections: ``[model]`` the shape, ``[step]`` what decides memory, ``[train]`` the optimisation, ``[data]`` the text,
+``[plan]`` where the settings came from and what they were expected to need.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError, Problem, did_you_mean
+from .planner.shape import PADDED_GPT2_VOCAB, Shape, check_shape
+from .planner.step import (
+    DEFAULT_LOSS_CHUNK,
+    Checkpointing,
+    DeviceKind,
+    DType,
+    Loss,
+    Optimizer,
+    StepConfig,
+    Workload,
+    check_step,
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    """The shape of the GPT."""
+
+    n_layer: int = Field(ge=1)
+    n_head: int = Field(ge=1)
+    n_embd: int = Field(ge=1)
+    vocab_size: int = Field(default=PADDED_GPT2_VOCAB, ge=1)
+    block_size: int = Field(default=1024, ge=1)
+    bias: bool = False
+    tied: bool = True
+
+
+class StepSection(_Section):
+    """How one optimizer step is run."""
+
+    batch_size: int = Field(ge=1)
+    grad_accum: int = Field(default=1, ge=1)
+    dtype: DType = "bfloat16"
+    compile: bool = False
+    loss: Loss = "chunked"
+    loss_chunk_tokens: int = Field(default=DEFAULT_LOSS_CHUNK, ge=1)
+    checkpointing: Checkpointing = "none"
+    optimizer: Optimizer = "adamw-fused"
+    workload: Workload = "vramplan"
+    device: DeviceKind = "cuda"
+
+
+class TrainSection(_Section):
+    """The optimisation. Exactly one of ``token_budget`` and ``max_steps`` ends the run; ``max_steps`` wins."""
+
+    learning_rate: float = Field(default=6e-4, gt=0)
+    min_learning_rate: float = Field(default=6e-5, ge=0)
+    warmup_steps: int = Field(default=700, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    token_budget: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    eval_interval: int = Field(default=250, ge=1, description="optimizer steps between evaluations")
+    eval_batches: int = Field(default=20, ge=1, description="micro-batches per evaluation")
+    log_interval: int = Field(default=10, ge=1, description="optimizer steps between metric lines")
+    checkpoint_interval: int = Field(default=250, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    seed: int = Field(default=1337, ge=0)
+
+
+class DataSection(_Section):
+    """Where the text is inside the Parquet files, and how it is split."""
+
+    text_column: str = "text"
+    validation_fraction: float = Field(default=0.005, gt=0, lt=0.5)
+    shard_tokens: int = Field(default=100_000_000, ge=1024)
+
+
+class PlanSection(_Section):
+    """What the planner expected when it wrote this file. Informative; ``train`` compares it with the machine."""
+
+    gpu: str | None = None
+    budget_bytes: int | None = None
+    process_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    tokens_per_second: float | None = None
+    oom_risk: float | None = None
+    target_parameters: int | None = None
+    version: str | None = None
+
+
+class RunConfig(_Section):
+    """A complete, validated run. Build it with :meth:`load`, :meth:`parse` or :meth:`build`; write it with :meth:`save`."""
+
+    model: ModelSection
+    step: StepSection
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    plan: PlanSection = PlanSection()
+
+    @property
+    def shape(self) -> Shape:
+        """The planner's view of ``[model]``."""
+        return Shape(**self.model.model_dump())
+
+    @property
+    def step_config(self) -> StepConfig:
+        """The planner's view of ``[step]``."""
+        return StepConfig(**self.step.model_dump())
+
+    @property
+    def tokens_per_step(self) -> int:
+        """batch_size x grad_accum x block_size."""
+        return self.step.batch_size * self.step.grad_accum * self.model.block_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps until the run ends: ``max_steps``, or the token budget (default 20 per parameter) rounded up."""
+        if self.train.max_steps is not None:
+            return self.train.max_steps
+        budget = self.train.token_budget or 20 * int(self.shape.parameters)
+        return -(-budget // self.tokens_per_step)
+
+    @classmethod
+    def build(cls, shape: Shape, step: StepConfig, **sections: dict[str, Any]) -> Self:
+        """Make a run configuration from planner types plus optional ``train=``, ``data=``, ``plan=`` dictionaries."""
+        model = {name: getattr(shape, name) for name in ModelSection.model_fields}
+        return cls.parse({"model": model, "step": {n: getattr(step, n) for n in StepSection.model_fields}, **sections})
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "") -> Self:
+        """Validate a nested dictionary. Raises ConfigError with *all* problems, unknown keys included."""
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            problems = [_problem(cls, e) for e in error.errors()]
+            raise ConfigError([*problems, *_section_problems(data)], source) from None
+        problems = [*check_shape(config.shape), *check_step(config.step_config), *_train_problems(config)]
+        if problems:
+            raise ConfigError(problems, source)
+        return config
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a TOML file. Raises ConfigError when it is missing, not TOML, or not a valid run."""
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(Problem("config", str(path), "does not exist")) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(Problem("config", str(path), f"cannot be read ({error})")) from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(Problem("config", str(path), f"is not valid TOML ({error})")) from None
+        return cls.parse(data, source=str(path))
+
+    def to_toml(self) -> str:
+        """The configuration as TOML, without unset values."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def save(self, path: str | Path) -> None:
+        """Write the TOML atomically: a temporary file beside it, flushed, then renamed."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as f:
+            f.write(self.to_toml())
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+
+
+def _section_problems(data: dict[str, Any]) -> list[Problem]:
+    """Cross-field problems of sections that are well-typed, when another section is not."""
+    problems: list[Problem] = []
+    try:
+        problems += check_shape(Shape(**ModelSection.model_validate(data.get("model")).model_dump()))
+    except ValidationError:
+        pass  # already reported field by field
+    return problems
+
+
+def _train_problems(config: RunConfig) -> list[Problem]:
+    t = config.train
+    if t.min_learning_rate > t.learning_rate:
+        remedy = f"use at most {t.learning_rate:g}"
+        return [Problem("train.min_learning_rate", t.min_learning_rate, "is above learning_rate", remedy)]
+    return []
+
+
+def _problem(model: type[BaseModel], error: Any) -> Problem:
+    """Turn one pydantic error into field, value, rule and remedy."""
+    path = [str(part) for part in error["loc"]]
+    dotted = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return Problem(dotted, error["input"], "is not a known key", did_you_mean(path[-1], _known_keys(model, path[:-1])))
+    if error["type"] == "missing":
+        return Problem(dotted, "missing", "is required")
+    if error["type"] == "literal_error":
+        known = [w.strip(" '") for w in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
+        return Problem(dotted, error["input"], "is not one of the choices", did_you_mean(str(error["input"]), known))
+    message = str(error["msg"])
+    return Problem(dotted, error["input"], message.replace("Input should", "should"))
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    fields = model.model_fields
+    for part in path:
+        annotation = fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        fields = annotation.model_fields
+    return list(fields)

@@ -1,0 +1,79 @@
+"""Quantities as people write them: "125M" parameters, "11.7GiB" of memory; and back.
+
+Inside the program bytes are ``int`` bytes and counts are ``int``. GiB is 2**30 bytes, GB is 10**9; they are never mixed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import ConfigError, Problem
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+_BYTES = {
+    "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 2**40,
+}  # fmt: skip
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NUMBER = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str, field: str = "size") -> int:
+    """Parse ``"8.9GiB"`` or ``"12GB"`` into bytes. The unit is required: a bare number is ambiguous.
+
+    Raises ConfigError for a missing or unknown unit or a size that is not positive.
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise ConfigError(Problem(field, text, "is not a size", "write a number and a unit, such as 11.7GiB or 12GB"))
+    number, unit = match.groups()
+    if unit.upper() not in _BYTES:
+        rule = f"has the unknown unit {unit}" if unit else "has no unit"
+        shown = number.strip()
+        raise ConfigError(Problem(field, text, rule, f"write {shown}GiB (2**30 bytes) or {shown}GB (10**9 bytes)"))
+    return int(float(number.replace(",", "").replace("_", "")) * _BYTES[unit.upper()])
+
+
+def parse_count(text: str, field: str = "count") -> int:
+    """Parse ``"125M"``, ``"1.5B"``, ``"2.5e9"`` or ``"524288"`` into an integer. Raises ConfigError otherwise."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or match.group(2).upper() not in _COUNTS:
+        raise ConfigError(Problem(field, text, "is not a count", "write 125M, 1.5B or a plain number"))
+    number, unit = match.groups()
+    value = round(float(number.replace(",", "").replace("_", "")) * _COUNTS[unit.upper()])
+    if value <= 0:
+        raise ConfigError(Problem(field, text, "must be at least 1"))
+    return value
+
+
+def gib(n_bytes: float, digits: int = 2) -> str:
+    """``12558041088`` -> ``"11.70 GiB"``; sizes under 0.1 GiB in MiB, under 0.1 MiB in bytes."""
+    if abs(n_bytes) >= 0.1 * GIB or n_bytes == 0:
+        return f"{n_bytes / GIB:.{digits}f} GiB"
+    if abs(n_bytes) >= 0.1 * MIB:
+        return f"{n_bytes / MIB:.1f} MiB"
+    return f"{int(n_bytes)} B"
+
+
+def count(n: float) -> str:
+    """``124373760`` -> ``"124.4M"``."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if abs(n) >= 0.9995 * size:
+            digits = 2 if size == 10**9 else 1
+            return f"{n / size:.{digits}f}{unit}"
+    return f"{n:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``5025`` -> ``"1 h 24 min"``; whatever reads best from milliseconds to days."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
