@@ -1,10 +1,10 @@
 """Every error a user can meet.
 
-    VramplanError                 exit code 1
-    ├── ConfigError               exit code 2   bad input: field, value, rule, nearest legal values
-    │   └── DataError             exit code 2   the same for Parquet files, shards and run directories
-    ├── DoesNotFitError           exit code 3   nothing in the search fits the budget
-    └── TokenizerUnavailableError exit code 1   no source for the merge table could be reached
+VramplanError                 exit code 1
+├── ConfigError               exit code 2   bad input: field, value, rule, nearest legal values
+│   └── DataError             exit code 2   the same for Parquet files, shards and run directories
+├── DoesNotFitError           exit code 3   nothing in the search fits the budget
+└── TokenizerUnavailableError exit code 1   no source for the merge table could be reached
 """
 
 from __future__ import annotations

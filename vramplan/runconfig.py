@@ -102,7 +102,7 @@ class PlanSection(_Section):
 
 
 class RunConfig(_Section):
-    """A complete, validated run. Build it with :meth:`load`, :meth:`parse` or :meth:`build`; write it with :meth:`save`."""
+    """A complete, validated run: :meth:`load`, :meth:`parse` or :meth:`build` it, :meth:`save` it."""
 
     model: ModelSection
     step: StepSection
@@ -127,7 +127,7 @@ class RunConfig(_Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps until the run ends: ``max_steps``, or the token budget (default 20 per parameter) rounded up."""
+        """Optimizer steps until the end: ``max_steps``, or the token budget (default 20 per parameter), rounded up."""
         if self.train.max_steps is not None:
             return self.train.max_steps
         budget = self.train.token_budget or 20 * int(self.shape.parameters)
@@ -183,12 +183,11 @@ class RunConfig(_Section):
 
 def _section_problems(data: dict[str, Any]) -> list[Problem]:
     """Cross-field problems of sections that are well-typed, when another section is not."""
-    problems: list[Problem] = []
     try:
-        problems += check_shape(Shape(**ModelSection.model_validate(data.get("model")).model_dump()))
+        model = ModelSection.model_validate(data.get("model"))
     except ValidationError:
-        pass  # already reported field by field
-    return problems
+        return []  # reported field by field
+    return check_shape(Shape(**model.model_dump()))
 
 
 def _train_problems(config: RunConfig) -> list[Problem]:
@@ -204,7 +203,9 @@ def _problem(model: type[BaseModel], error: Any) -> Problem:
     path = [str(part) for part in error["loc"]]
     dotted = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return Problem(dotted, error["input"], "is not a known key", did_you_mean(path[-1], _known_keys(model, path[:-1])))
+        return Problem(
+            dotted, error["input"], "is not a known key", did_you_mean(path[-1], _known_keys(model, path[:-1]))
+        )
     if error["type"] == "missing":
         return Problem(dotted, "missing", "is required")
     if error["type"] == "literal_error":

@@ -1,6 +1,6 @@
 """Quantities as people write them: "125M" parameters, "11.7GiB" of memory; and back.
 
-Inside the program bytes are ``int`` bytes and counts are ``int``. GiB is 2**30 bytes, GB is 10**9; they are never mixed.
+Inside the program bytes and counts are ``int``. GiB is 2**30 bytes, GB is 10**9 bytes; they are never mixed.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def _awkward(head_dim: int) -> str:
 def legal_neighbours(shape: Shape) -> list[Shape]:
     """Legal shapes near one whose width its heads do not divide.
 
-    First the same width with other head counts that give head_dim 64, 32 or 128; then the published width for this
-    head count (or head_dim 64); then the nearest multiples of n_head with head_dim a multiple of 8, and the nearest of all.
+    First the same width with head counts that give head_dim 64, 32 or 128; then head_dim 64 with this head count; then
+    the nearest widths with head_dim a multiple of 8, and the nearest of all.
     """
     h, heads = shape.n_embd, shape.n_head
     found: list[Shape] = []

@@ -1,0 +1,90 @@
+"""Next-token cross-entropy: over all logits at once, or in slices that never hold them all.
+
+The full loss keeps float32 log-probabilities for every token and vocabulary entry until the backward. The chunked loss
+computes the gradients of hidden state and head already in the forward, slice by slice, so only one slice of logits
+exists at a time; the price is that the head's float32 gradient lives from there on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..planner.step import StepConfig
+
+
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepConfig) -> Tensor:
+    """Mean cross-entropy as a float32 scalar.
+
+    ``hidden`` (B, T, h) in the compute dtype, ``head`` (V, h) float32, ``targets`` (B, T) int64.
+    """
+    x, y = hidden.flatten(0, 1), targets.flatten()
+    if step.loss == "full":
+        return F.cross_entropy(F.linear(x, head.to(x.dtype)).float(), y)
+    if not torch.is_grad_enabled():
+        return _chunked_loss_only(x, head, y, step.loss_chunk_tokens)
+    loss: Tensor = _ChunkedCrossEntropy.apply(x, head, y, step.loss_chunk_tokens)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _chunked_loss_only(x: Tensor, head: Tensor, y: Tensor, chunk: int) -> Tensor:
+    weight = head.to(x.dtype)
+    total = torch.zeros((), device=x.device)
+    for xs, ys in zip(x.split(chunk), y.split(chunk), strict=True):
+        total += F.cross_entropy(F.linear(xs, weight).float(), ys, reduction="sum")
+    return total / y.numel()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients of the summed loss are formed in the forward and scaled by grad_output / N in the backward.
+
+    Scaling last keeps float16 gradients of single tokens away from underflow: they are softmax minus one-hot, within
+    [-1, 1], until the loss scale has arrived.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, y: Tensor, chunk: int) -> Tensor:
+        weight = head.to(x.dtype)
+        grad_x = torch.empty_like(x)
+        grad_head = torch.zeros_like(head)
+        total = torch.zeros((), device=x.device)
+        for xs, ys, gs in zip(x.split(chunk), y.split(chunk), grad_x.split(chunk), strict=True):
+            loss, grad_logits = _slice(F.linear(xs, weight), ys)
+            total += loss
+            torch.mm(grad_logits, weight, out=gs)
+            if x.dtype == head.dtype:
+                grad_head.addmm_(grad_logits.t(), xs)
+            else:
+                grad_head += grad_logits.t() @ xs
+            del grad_logits
+        ctx.save_for_backward(grad_x, grad_head)
+        ctx.tokens = y.numel()
+        return total / y.numel()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_x, grad_head = ctx.saved_tensors
+        scale = grad_output / ctx.tokens
+        return grad_x.mul_(scale), grad_head.mul_(scale), None, None
+
+
+def _slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of one slice (float32 scalar) and softmax minus one-hot (c, V) in the dtype of ``logits``.
+
+    Everything after the float32 copy happens in place: one (c, V) float32 buffer serves scores, exponentials and
+    probabilities.
+    """
+    dtype, index = logits.dtype, targets[:, None]
+    scores = logits.float()
+    del logits
+    picked = scores.gather(1, index)
+    top = scores.amax(1, keepdim=True)
+    scores.sub_(top).exp_()
+    total = scores.sum(1, keepdim=True)
+    loss = (total.log() + top - picked).sum()
+    scores.div_(total)
+    scores.scatter_add_(1, index, torch.full_like(top, -1.0))
+    return loss, scores.to(dtype)

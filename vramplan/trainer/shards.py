@@ -1,0 +1,365 @@
+"""Token shards on disk, and the streams of blocks that training and evaluation read from them.
+
+    DIR/manifest.json       what the shards hold and where it came from; written last, so its presence means complete
+    DIR/train-00000.bin     token ids, little-endian uint16 (uint32 beyond 65,536 ids), one document after the other
+    DIR/val-00000.bin       the held-out documents
+
+The training shards are one long stream of N tokens, cut into (N - 1) // T blocks of T tokens, each with the same
+tokens moved by one as targets. An epoch visits each block once, in an order that depends only on seed and epoch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import DataError, Problem
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+
+Tokens = npt.NDArray[Any]
+
+
+def token_dtype(n_vocab: int) -> str:
+    """``<u2`` when every id below ``n_vocab`` fits into two bytes, else ``<u4``."""
+    return "<u2" if n_vocab <= 2**16 else "<u4"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard file: its split, name, number of tokens and SHA-256."""
+
+    split: str
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a shard directory holds. ``settings`` is everything that decided its content: equal settings, equal shards."""
+
+    settings: dict[str, Any]
+    n_vocab: int
+    documents: dict[str, int]
+    shards: tuple[ShardInfo, ...]
+    adjusted_for_block: int | None = None
+    format: int = FORMAT
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split."""
+        return sum(s.tokens for s in self.shards if s.split == split)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' own: equal exactly when the tokens are."""
+        return hashlib.sha256("".join(f"{s.split}{s.sha256}" for s in self.shards).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write ``manifest.json`` atomically."""
+        temporary = directory / f".{MANIFEST}.tmp"
+        with temporary.open("w", encoding="utf-8") as f:
+            json.dump(asdict(self), f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(directory / MANIFEST)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read ``manifest.json``. Raises DataError when it is missing, unreadable or of another format."""
+        path, remedy = directory / MANIFEST, "prepare the data again"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                problem = Problem("shards", str(path), f"has format {data['format']}, not {FORMAT}", remedy)
+                raise DataError(problem)
+            shards = tuple(ShardInfo(**s) for s in data.pop("shards"))
+            return cls(**data, shards=shards)
+        except FileNotFoundError:
+            raise DataError(Problem("shards", str(directory), f"holds no {MANIFEST}", remedy)) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(Problem("shards", str(path), f"cannot be read ({error})", remedy)) from None
+
+
+class ShardWriter:
+    """Writes one split as shards of at most ``shard_tokens`` tokens. A context manager; ``shards`` is what it wrote."""
+
+    def __init__(self, directory: Path, split: str, dtype: str, shard_tokens: int) -> None:
+        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, np.dtype(dtype), shard_tokens
+        self.shards: list[ShardInfo] = []
+        self._file: Any = None
+        self._digest: Any = None
+        self._in_shard = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(s.tokens for s in self.shards) + self._in_shard
+
+    def add(self, tokens: Tokens) -> None:
+        """Append token ids, starting a new shard whenever one is full."""
+        tokens = tokens.astype(self.dtype, copy=False)
+        while len(tokens):
+            if self._file is None:
+                self._file = (self.directory / self._name).open("wb")
+                self._digest, self._in_shard = hashlib.sha256(), 0
+            part = tokens[: self.shard_tokens - self._in_shard]
+            data = part.tobytes()
+            self._file.write(data)
+            self._digest.update(data)
+            self._in_shard += len(part)
+            tokens = tokens[len(part) :]
+            if self._in_shard == self.shard_tokens:
+                self._finish_shard()
+
+    @property
+    def _name(self) -> str:
+        return f"{self.split}-{len(self.shards):05d}.bin"
+
+    def _finish_shard(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.shards.append(ShardInfo(self.split, self._name, self._in_shard, self._digest.hexdigest()))
+        self._file, self._in_shard = None, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is None:
+            return
+        if kind is None:
+            self._finish_shard()
+        else:
+            self._file.close()
+
+
+class _TokenArray:
+    """The memory-mapped shards of one split as a single read-only array of tokens."""
+
+    def __init__(self, directory: Path, shards: list[ShardInfo], dtype: str) -> None:
+        self._maps = [np.memmap(directory / s.file, dtype=dtype, mode="r") for s in shards]
+        self._ends = np.cumsum([s.tokens for s in shards], dtype=np.int64).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, length: int) -> Tokens:
+        """``length`` tokens from ``start`` on, across shard borders, as int64."""
+        parts, shard = [], bisect.bisect_right(self._ends, start)
+        while length > 0:
+            first = start - (self._ends[shard - 1] if shard else 0)
+            part = self._maps[shard][first : first + length]
+            parts.append(part)
+            start, length, shard = start + len(part), length - len(part), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+class ShardSet:
+    """A complete shard directory, memory-mapped."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory, self.manifest = directory, manifest
+        dtype = token_dtype(manifest.n_vocab)
+        self._arrays = {
+            split: _TokenArray(directory, [s for s in manifest.shards if s.split == split], dtype) for split in SPLITS
+        }
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self:
+        """Open a prepared directory. Raises DataError for a missing manifest and for missing or cut-off shards."""
+        directory = Path(directory)
+        manifest = Manifest.load(directory)
+        width = np.dtype(token_dtype(manifest.n_vocab)).itemsize
+        problems = []
+        for shard in manifest.shards:
+            path = directory / shard.file
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.tokens * width:
+                rule = "is missing" if size is None else f"has {size} bytes, not the {shard.tokens * width} it should"
+                problems.append(Problem("shards", str(path), rule, "prepare the data again"))
+        if problems:
+            raise DataError(problems)
+        return cls(directory, manifest)
+
+    def verify(self) -> list[Problem]:
+        """Read every shard and compare its SHA-256 with the manifest. Empty when all is as it was written."""
+        problems = []
+        for shard in self.manifest.shards:
+            path = self.directory / shard.file
+            with path.open("rb") as f:
+                actual = hashlib.file_digest(f, "sha256").hexdigest()
+            if actual != shard.sha256:
+                problems.append(Problem("shards", str(path), "is damaged: its sha256 is not the one in the manifest"))
+        return problems
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training split."""
+        return len(self._arrays["train"])
+
+    @property
+    def val_tokens(self) -> int:
+        """Tokens of the held-out documents."""
+        return len(self._arrays["val"])
+
+    @property
+    def documents(self) -> dict[str, int]:
+        """Documents per split (``train``, ``val``), and those left out (``null``, ``empty``)."""
+        return self.manifest.documents
+
+    def held_out(self, block_size: int) -> bool:
+        """Whether the held-out documents fill at least one block. If not, evaluation borrows the end of training's."""
+        return self.val_tokens > block_size
+
+    def train_stream(self, block_size: int, seed: int) -> TokenStream:
+        """The training blocks in epochs. Raises DataError when there are too few tokens for one block."""
+        tokens = self.train_tokens - (0 if self.held_out(block_size) else block_size + 1)
+        if tokens <= block_size:
+            raise DataError(too_few_tokens(str(self.directory), self.train_tokens + self.val_tokens, block_size))
+        return TokenStream(self._arrays["train"], tokens, block_size, seed, self.manifest.fingerprint)
+
+    def evaluation(self, block_size: int, batch_size: int, batches: int) -> Evaluation:
+        """Fixed evaluation batches from the held-out documents, spread evenly over them.
+
+        When those are shorter than a block, the last ``block_size + 1`` tokens of the training split serve instead;
+        :meth:`train_stream` leaves exactly these out. Raises DataError when even that is impossible.
+        """
+        if self.held_out(block_size):
+            return Evaluation(self._arrays["val"], 0, self.val_tokens, block_size, batch_size, batches)
+        if self.train_tokens < 2 * (block_size + 1):
+            raise DataError(too_few_tokens(str(self.directory), self.train_tokens + self.val_tokens, block_size))
+        start = self.train_tokens - block_size - 1
+        return Evaluation(self._arrays["train"], start, block_size + 1, block_size, batch_size, batches)
+
+
+def too_few_tokens(source: str, tokens: int, block_size: int) -> Problem:
+    """The problem of a text that does not fill one block for training and one for evaluation."""
+    rule = (
+        f"holds {tokens:,} tokens; training needs one block of block_size+1 = {block_size + 1:,} and evaluation another"
+    )
+    fits = tokens // 2 - 1
+    remedy = f"give more text, or use block_size={fits} or less" if fits >= 1 else "give more text"
+    return Problem("data", source, rule, remedy)
+
+
+class TokenStream:
+    """Training blocks in a seeded order, epoch after epoch. Its whole state is one integer: the next block's number.
+
+    The order is a property of seed and data alone: however the sequences are split into micro-batches, the n-th
+    sequence is always the same.
+    """
+
+    def __init__(self, array: _TokenArray, tokens: int, block_size: int, seed: int, fingerprint: str) -> None:
+        self._array, self.block_size, self.seed, self.fingerprint = array, block_size, seed, fingerprint
+        self.blocks_per_epoch = (tokens - 1) // block_size
+        self.position = 0
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens that one epoch trains on: blocks per epoch x block size."""
+        return self.blocks_per_epoch * self.block_size
+
+    @property
+    def epoch(self) -> float:
+        """Epochs served so far."""
+        return self.position / self.blocks_per_epoch
+
+    def batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The next ``batch_size`` blocks: tokens and targets, each (B, T) int64 on the CPU."""
+        rows = [self._block(self.position + i) for i in range(batch_size)]
+        self.position += batch_size
+        return _tokens_and_targets(rows)
+
+    def _block(self, position: int) -> Tokens:
+        epoch, index = divmod(position, self.blocks_per_epoch)
+        block = permuted(index, self.blocks_per_epoch, self.seed, epoch)
+        return self._array.read(block * self.block_size, self.block_size + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, and what it is a position in."""
+        names = ("position", "block_size", "seed", "fingerprint")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a saved position. Raises DataError when it belongs to other data, block size or seed."""
+        problems = [
+            Problem(f"data.{name}", getattr(self, name), f"is not the checkpoint's {state[name]}", "use the same data")
+            for name in ("fingerprint", "block_size", "seed")
+            if state[name] != getattr(self, name)
+        ]
+        if problems:
+            raise DataError(problems)
+        self.position = int(state["position"])
+
+
+class Evaluation:
+    """Fixed batches of blocks; iterating yields (tokens, targets), each (B, T) int64. All batches have equal size.
+
+    Of the blocks available, at most ``batch_size x batches`` are used, evenly spread. A remainder that would not fill a
+    batch is left out, so the mean over batches is the mean over blocks; fewer blocks than one batch make one short batch.
+    """
+
+    def __init__(
+        self, array: _TokenArray, start: int, tokens: int, block_size: int, batch_size: int, batches: int
+    ) -> None:
+        self._array, self._start, self.block_size = array, start, block_size
+        self.blocks_available = (tokens - 1) // block_size
+        self.batch_size = min(batch_size, self.blocks_available)
+        self.batches = min(batches, self.blocks_available // self.batch_size)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in one evaluation."""
+        return self.batch_size * self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in range(self.batches):
+            numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield _tokens_and_targets([self._block(n * self.blocks_available // self.blocks) for n in numbers])
+
+    def _block(self, block: int) -> Tokens:
+        return self._array.read(self._start + block * self.block_size, self.block_size + 1)
+
+
+def _tokens_and_targets(rows: list[Tokens]) -> tuple[Tensor, Tensor]:
+    block = torch.from_numpy(np.stack(rows))
+    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def permuted(index: int, n: int, seed: int, epoch: int, rounds: int = 6) -> int:
+    """Where position ``index`` of an epoch lands among ``n`` blocks: a bijection of range(n) for each (seed, epoch).
+
+    A Feistel network over the smallest even number of bits that holds ``n``, walked until it falls below ``n``
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). No array of ``n`` indices, and no dependence on
+    a random generator whose stream may change between library versions, so a resumed run keeps its order.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    key = seed.to_bytes(8, "little") + epoch.to_bytes(8, "little")
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(rounds):
+            message = number.to_bytes(1, "little") + right.to_bytes(8, "little")
+            mixed = int.from_bytes(hashlib.blake2b(message, key=key, digest_size=8).digest(), "little")
+            left, right = right, left ^ (mixed & mask)
+        index = left << half | right
+        if index < n:
+            return index

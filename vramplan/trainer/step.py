@@ -1,0 +1,103 @@
+"""One optimizer step: micro-batches forward and backward, clip, update. The unit that the planner prices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from ..planner.step import StepConfig
+from .model import GPT
+
+MicroBatches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Mean loss over the step's micro-batches, and the global gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class TrainStep:
+    """Runs whole optimizer steps of ``model`` with ``optimizer``, as ``step`` says.
+
+    float16 uses dynamic loss scaling; a step whose gradients overflow is skipped by the scaler and its scale halved.
+    Gradients are ``None`` between steps.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        step: StepConfig,
+        *,
+        grad_clip: float,
+        device: torch.device,
+    ) -> None:
+        self.model, self.optimizer, self.step = model, optimizer, step
+        self.grad_clip, self.device = grad_clip, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
+        self._forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model) if step.compile else model
+
+    def __call__(self, micro_batches: MicroBatches, learning_rate: float) -> StepResult:
+        """Run one optimizer step over exactly ``grad_accum`` micro-batches of (B, T) int64 tokens and targets."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.device)
+        for tokens, targets in micro_batches:
+            total += self._micro_step(tokens, targets)
+        with record_function("optimizer step"):
+            norm = self._update()
+        return StepResult(loss=float(total) / self.step.grad_accum, grad_norm=float(norm))
+
+    def _micro_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        tokens = tokens.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with record_function("forward"):
+            loss = self._forward(tokens, targets)
+        with record_function("backward"):
+            self.scaler.scale(loss / self.step.grad_accum).backward()
+        return loss.detach()
+
+    def _update(self) -> Tensor:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self.scaler.unscale_(self.optimizer)
+        limit = self.grad_clip if self.grad_clip > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self, micro_batches: MicroBatches) -> float:
+        """Mean loss over the micro-batches, without gradients."""
+        losses = []
+        with torch.no_grad(), self._eval_mode():
+            for tokens, targets in micro_batches:
+                losses.append(self._forward(tokens.to(self.device), targets.to(self.device)))
+            return float(torch.stack(losses).mean())
+
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of the float16 loss scaler; empty for other dtypes."""
+        return dict(self.scaler.state_dict())
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`scaler_state` returned."""
+        if state:
+            self.scaler.load_state_dict(state)
