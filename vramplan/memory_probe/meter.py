@@ -1,0 +1,82 @@
+"""What was alive during real passes: every tensor the dispatcher sees, byte for byte.
+
+A CPU has no memory statistics like CUDA's, so the meter watches each operation's results below autograd and adds up the
+storages that are alive. Scratch space that a kernel takes and returns inside one operation is not seen: it depends on
+the CPU's instruction set (oneDNN, FlashAttention for CPU) and says nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Bytes alive right after ``operation`` returned, during ``phase``."""
+
+    live_bytes: int
+    operation: str
+    phase: str
+
+
+@dataclass(slots=True)
+class Timeline:
+    """All samples of a metered stretch, and the largest of them."""
+
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def peak(self) -> Sample:
+        """The sample with the most bytes alive (the first, if several)."""
+        return max(self.samples, key=lambda s: s.live_bytes)
+
+
+class TensorMeter(TorchDispatchMode):
+    """Context manager that counts the bytes of every living storage created inside it.
+
+    ``phase_of`` is asked after each operation what the program is doing; its answer labels the sample. ``release``
+    takes a storage that existed before the meter began, so that it counts too (:meth:`watch`).
+    """
+
+    def __init__(self, phase_of: Callable[[], str] = lambda: "") -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.timeline = Timeline()
+        self._phase_of = phase_of
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Count ``tensor``'s storage from now until it is freed."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        known = self._known.get(key)
+        if known is not None and known() is storage:
+            return
+        size = storage.nbytes()
+        self.live_bytes += size
+
+        def gone(_: Any, key: int = key, size: int = size) -> None:
+            self.live_bytes -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+
+    def restart(self) -> None:
+        """Forget the timeline so far, keep counting what is alive."""
+        self.timeline = Timeline()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, then count what it returned."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, torch.Tensor):
+                self.watch(leaf)
+        self.timeline.samples.append(Sample(self.live_bytes, str(func), self._phase_of()))
+        return result

@@ -1,0 +1,521 @@
+"""The tensor table of one eager training step, for our trainer and for the two autocast scripts.
+
+It follows the model line by line: what each operation allocates, what autograd keeps for the backward, and when each of
+these is released. The order was read off real allocator traces of ``trainer.model`` (torch 2.13) and, for what CUDA
+does differently, from the kernels' sources named beside the rows. Widths in the comments: h = n_embd, N = tokens of a
+micro-batch, V = vocabulary, e = bytes of the compute dtype, r = bytes of the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .shape import Ints, Shape
+from .step import StepConfig
+from .tape import Row, Tape
+
+CUDA_GRANULARITY = 512
+"""Every CUDA request is rounded up to this (torch c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
+@dataclass(slots=True)
+class Saved:
+    """What one block's forward leaves behind for its backward."""
+
+    rows: dict[str, Row]
+
+    def __getitem__(self, name: str) -> Row | None:
+        return self.rows.get(name)
+
+
+class EagerStep:
+    """Writes the table of one optimizer step of ``shape`` under ``step`` onto a tape."""
+
+    def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
+        self.shape, self.step = shape, step
+        self.cuda = step.device == "cuda"
+        self.autocast = step.workload != "vramplan"
+        self.h: Ints = shape.n_embd
+        self.V: Ints = shape.vocab_size
+        self.N: Ints = step.batch_size * shape.block_size
+        self.e = 2 if step.half else 4
+        self.r = 4 if self.autocast else self.e
+        self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
+        self.workspace_bytes = workspace_bytes
+        # With accumulation the gradients exist already; broadcasting decides per candidate in a vectorised table.
+        self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
+        self.tape = Tape(CUDA_GRANULARITY if self.cuda else 1)
+
+    # ---------------------------------------------------------------- the story
+
+    def write(self) -> Tape:
+        """The whole step: persistent state, one micro-step (a later one when accumulating), the optimizer's update."""
+        t = self.tape
+        t.phase = "persistent"
+        self._persistent()
+        t.phase = "forward"
+        kept_logits = self._caller_keeps()
+        inputs = [t.new(name, "inputs", 8 * self.N) for name in ("tokens", "targets")]
+        x = self._embedding_forward()
+        saved = self._blocks_forward(x)
+        final = self._norm_forward("ln_f")
+        t.phase = "loss forward"
+        loss = self._loss_forward()
+        t.free(kept_logits)  # the caller's name is bound to the new logits only now
+        self._leave_forward()
+        if self.step.workload == "nanogpt":
+            inputs += [t.new(f"next {name}", "inputs", 8 * self.N) for name in ("tokens", "targets")]
+        t.phase = "loss backward"
+        head_grad = self._loss_backward(loss)
+        self._linear_input_freed("ln_f", final)
+        dx = self._norm_backward("ln_f", final, x, first=True)
+        self._blocks_backward(saved, x, dx)
+        t.phase = "embedding backward"
+        self._embedding_backward(dx, head_grad)
+        t.phase = "optimizer step"
+        self._optimizer()
+        t.free(*inputs)
+        return t
+
+    # ---------------------------------------------------------------- persistent state
+
+    def _parameters(self) -> list[tuple[str, Ints, Ints]]:
+        """(name, elements, copies) of every parameter tensor; block tensors are repeated n_layer times."""
+        s, h = self.shape, self.h
+        block: list[tuple[str, Ints]] = [
+            ("ln_1.weight", h), ("attn.qkv.weight", 3 * h * h), ("attn.proj.weight", h * h),
+            ("ln_2.weight", h), ("mlp.fc.weight", 4 * h * h), ("mlp.proj.weight", 4 * h * h),
+        ]  # fmt: skip
+        final: list[tuple[str, Ints]] = [("ln_f.weight", h)]
+        if s.bias:
+            block += [("ln_1.bias", h), ("attn.qkv.bias", 3 * h), ("attn.proj.bias", h)]
+            block += [("ln_2.bias", h), ("mlp.fc.bias", 4 * h), ("mlp.proj.bias", h)]
+            final += [("ln_f.bias", h)]
+        outer: list[tuple[str, Ints]] = [("wte", s.vocab_size * h), ("wpe", s.block_size * h), *final]
+        if not s.tied:
+            outer.append(("lm_head", s.vocab_size * h))
+        return [(n, k, 1) for n, k in outer] + [(n, k, s.n_layer) for n, k in block]
+
+    def _persistent(self) -> None:
+        t = self.tape
+        if self.workspace_bytes:
+            # one cuBLAS handle for the forward's thread, one for autograd's (ATen/cuda/CublasHandlePool.cpp)
+            t.new("cuBLAS workspace", "workspace", self.workspace_bytes, times=2)
+        if self.step.dtype == "float16":
+            t.new("loss scale and growth tracker", "optimizer", 4, times=2)
+        for name, elements, copies in self._parameters():
+            with t.repeat(copies):
+                t.new(name, "weights", 4 * elements)
+                if self.accumulates:
+                    t.new(f"{name} gradient", "gradients", 4 * elements)
+                self._optimizer_state(name, elements)
+        if self.step.optimizer == "adamw8bit":
+            t.new("quantisation maps", "optimizer", 1024, times=2)
+
+    def _optimizer_state(self, name: str, elements: Ints) -> None:
+        """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32
+        (bitsandbytes optim/optimizer.py, Optimizer2State.init_state)."""
+        t = self.tape
+        if self.step.optimizer == "adamw8bit":
+            small = np.asarray(elements) < 4096
+            state = np.where(small, 4 * elements, elements)
+            scales = np.where(small, 0, 4 * -(-elements // 256))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                t.new(f"{name} {moment}", "optimizer", _plain(state))
+                t.new(f"{name} {moment} scales", "optimizer", _plain(scales))
+            return
+        t.new(f"{name} exp_avg", "optimizer", 4 * elements)
+        t.new(f"{name} exp_avg_sq", "optimizer", 4 * elements)
+        if not (self.cuda and self.step.optimizer == "adamw-foreach"):
+            t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU
+
+    def _caller_keeps(self) -> Row | None:
+        """nanoGPT and the hand-written loop still hold the previous micro-step's logits while the next forward runs."""
+        if not self.autocast:
+            return None
+        return self.tape.new("logits of the previous micro-step", "logits_and_loss", self.e * self.V * self.N)
+
+    # ---------------------------------------------------------------- forward
+
+    def _embedding_forward(self) -> Row:
+        t, hN = self.tape, self.h * self.N
+        looked_up = t.new("token embeddings", "activations", 4 * hN)
+        if self.autocast:
+            # nanoGPT's locals tok_emb and pos_emb live until forward returns
+            self._locals = [looked_up, t.new("position embeddings", "activations", 4 * self.h * self.shape.block_size)]
+            t.new("position ids", "inputs", 8 * self.shape.block_size)
+            return t.new("block input", "activations", 4 * hN)
+        self._locals = []
+        x = t.row("block input", "activations", self.r * hN)
+        if self.r == 4:
+            t.alloc(x)
+            t.free(looked_up)
+            return x
+        summed = t.new("embeddings with positions", "activations", 4 * hN)
+        t.free(looked_up)
+        t.alloc(x)
+        t.free(summed)
+        return x
+
+    def _blocks_forward(self, x: Row) -> Saved:
+        t = self.tape
+        if self.step.checkpointing == "block":
+            with t.repeat(self.shape.n_layer):
+                self._block_transient(x)
+            return Saved({})
+        with t.repeat(self.shape.n_layer):
+            saved = self._block_saved()
+            branch = t.new("mlp output", "activations", self.e * self.h * self.N)
+            self._drop_bias_copy("mlp.proj", saved)
+            t.alloc(x)
+            t.free(branch)
+        return saved
+
+    def _block_saved(self) -> Saved:
+        """A block's forward up to (not including) its last product, keeping everything the backward needs."""
+        t, hN, e = self.tape, self.h * self.N, self.e
+        kept: dict[str, Row] = {}
+        saved = Saved(kept)
+        kept |= self._norm_forward("ln_1").rows
+        self._weight_copy("attn.qkv", 3 * self.h, self.h, kept)
+        kept["qkv"] = t.new("attn.qkv output", "activations", 3 * e * hN)
+        self._drop_bias_copy("attn.qkv", saved)
+        self._free_norm_output("ln_1")
+        kept |= self._attention_forward()
+        self._weight_copy("attn.proj", self.h, self.h, kept)
+        branch = t.new("attn.proj output", "activations", e * hN)
+        self._drop_bias_copy("attn.proj", saved)
+        kept["mid"] = t.new("residual after attention", "activations", self.r * hN)
+        t.free(branch)
+        kept |= self._norm_forward("ln_2").rows
+        self._weight_copy("mlp.fc", 4 * self.h, self.h, kept)
+        kept["fc"] = t.new("mlp.fc output", "activations", 4 * e * hN)
+        self._drop_bias_copy("mlp.fc", saved)
+        self._free_norm_output("ln_2")
+        kept["gelu"] = t.new("gelu output", "activations", 4 * e * hN)
+        self._weight_copy("mlp.proj", self.h, 4 * self.h, kept)
+        return saved
+
+    def _block_transient(self, x: Row) -> None:
+        """A block's forward that keeps only its input: activation checkpointing's first pass."""
+        t, hN, e = self.tape, self.h * self.N, self.e
+        normed = self._norm_transient("ln_1")
+        qkv = self._linear_transient("attn.qkv", 3 * self.h, self.h)
+        attended = self._attention_forward()
+        t.free(*(row for name, row in attended.items() if name != "attention"))
+        branch = self._linear_transient("attn.proj", self.h, self.h)
+        t.free(qkv, normed, attended["attention"])
+        mid = t.new("residual after attention", "activations", self.r * hN)
+        t.free(branch)
+        normed = self._norm_transient("ln_2")
+        fc = self._linear_transient("mlp.fc", 4 * self.h, self.h)
+        gelu = t.new("gelu output", "activations", 4 * e * hN)
+        t.free(fc)
+        branch = self._linear_transient("mlp.proj", self.h, 4 * self.h)
+        t.free(gelu, normed)
+        t.alloc(x)
+        t.free(branch, mid)
+
+    def _norm_forward(self, name: str) -> Saved:
+        """LayerNorm keeps its input (counted by its producer), mean and 1/std; the linear after it keeps its output."""
+        t, kept = self.tape, dict[str, Row]()
+        if self.e != 4 and not self.autocast:
+            kept[f"{name}.w"] = t.new(f"{name} weight copy", "weights", self.e * self.h)
+            if self.shape.bias:
+                kept[f"{name}.b"] = t.new(f"{name} bias copy", "weights", self.e * self.h)
+        if self.autocast and self.e != 4:
+            # autocast normalises in float32; the copy that the next product takes is what stays
+            self._full_norm = t.new(f"{name} output, float32", "temporaries", 4 * self.h * self.N)
+        else:
+            self._full_norm = None
+            kept[name] = t.new(f"{name} output", "activations", self.e * self.h * self.N)
+        kept[f"{name}.mean"] = t.new(f"{name} mean", "activations", self.stat * self.N)
+        kept[f"{name}.rstd"] = t.new(f"{name} 1/std", "activations", self.stat * self.N)
+        if self._full_norm is not None:
+            kept[name] = t.new(f"{name} output", "activations", self.e * self.h * self.N)
+        return Saved(kept)
+
+    def _free_norm_output(self, name: str) -> None:
+        self.tape.free(self._full_norm)
+
+    def _norm_transient(self, name: str) -> Row:
+        rows = self._norm_forward(name)
+        self.tape.free(*(row for key, row in rows.rows.items() if key != name))
+        return rows.rows[name]
+
+    def _weight_copy(self, name: str, n_out: Ints, n_in: Ints, kept: dict[str, Row]) -> None:
+        if self.e == 4:
+            return
+        if self.shape.bias:
+            kept[f"{name}.b"] = self.tape.new(f"{name} bias copy", "weights", self.e * n_out)
+        kept[f"{name}.w"] = self.tape.new(f"{name} weight copy", "weights", self.e * n_out * n_in)
+
+    def _drop_bias_copy(self, name: str, saved: Saved) -> None:
+        """addmm does not keep the bias for the backward; autocast's cache keeps the copies until its context ends."""
+        self.tape.free(saved.rows.pop(f"{name}.b", None))
+
+    def _linear_transient(self, name: str, n_out: Ints, n_in: Ints) -> Row:
+        copies: dict[str, Row] = {}
+        self._weight_copy(name, n_out, n_in, copies)
+        out = self.tape.new(f"{name} output", "activations", self.e * n_out * self.N)
+        self.tape.free(*copies.values())
+        return out
+
+    def _attention_forward(self) -> dict[str, Row]:
+        t, s = self.tape, self.shape
+        kept: dict[str, Row] = {}
+        pad = self._padded_head_width()
+        if self.cuda and not np.array_equal(pad, s.head_dim):
+            extra = np.where(pad != s.head_dim, 3 * self.e * self.N * s.n_head * pad, 0)
+            kept["padded"] = t.new("padded q, k, v", "activations", _plain(extra))  # head_dim not a multiple of 8
+        kept["attention"] = t.new("attention output", "activations", self.e * self.h * self.N)
+        rows = s.block_size
+        if self.cuda and not self.step.half:
+            rows = -(-rows // 32) * 32  # memory-efficient attention aligns its log-sum-exp to 32 (ATen attention.cu)
+        kept["lse"] = t.new("attention log-sum-exp", "activations", 4 * s.n_head * self.step.batch_size * rows)
+        if self.cuda:
+            kept["rng"] = t.new("attention rng state", "activations", 16)
+        return kept
+
+    def _padded_head_width(self) -> Ints:
+        return _plain(-(-np.asarray(self.shape.head_dim) // 8) * 8)
+
+    def _leave_forward(self) -> None:
+        self.tape.free(*self._locals, self._full_norm)
+
+    # ---------------------------------------------------------------- loss
+
+    def _loss_forward(self) -> Saved:
+        return self._chunked_loss() if self.step.loss == "chunked" else self._full_loss()
+
+    def _full_loss(self) -> Saved:
+        t, VN = self.tape, self.V * self.N
+        kept: dict[str, Row] = {}
+        if self.e == 2:
+            kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
+        logits = t.new("logits", "logits_and_loss", self.e * VN)
+        if self.autocast:
+            kept["logits"] = logits
+        if self.e == 4:
+            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
+        elif self.step.workload == "nanogpt":
+            # under CUDA autocast log_softmax runs in half precision and nll_loss on a float32 copy that it keeps
+            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 2 * VN)
+            kept["logp32"] = t.new("log-probabilities, float32", "logits_and_loss", 4 * VN)
+        else:
+            upcast = t.new("logits, float32", "logits_and_loss", 4 * VN)
+            if not self.autocast:
+                t.free(logits)
+            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
+            t.free(upcast)
+        if self.e == 4 and not self.autocast:
+            t.free(logits)
+        kept["scalars"] = t.new("loss scalars", "logits_and_loss", 4, times=3)
+        return Saved(kept)
+
+    def _chunked_loss(self) -> Saved:
+        """Gradients of hidden state and head are formed here, slice by slice (trainer.loss)."""
+        t, h, V = self.tape, self.h, self.V
+        c = _plain(np.minimum(self.step.loss_chunk_tokens, self.N))
+        slices = -(-self.N // c)
+        copy = t.new("head weight copy", "weights", 2 * V * h) if self.e == 2 else None
+        kept = {
+            "grad_x": t.new("gradient of the hidden state", "gradients", self.e * h * self.N),
+            "grad_head": t.new("gradient of the head", "gradients", 4 * V * h),
+            "scalars": t.new("loss scalars", "logits_and_loss", 4, times=3),
+        }
+        with t.repeat(slices):
+            logits = t.new("logits of a slice", "logits_and_loss", self.e * V * c)
+            if self.e == 2:
+                scores = t.new("probabilities of a slice, float32", "logits_and_loss", 4 * V * c)
+                t.free(logits)
+                vectors = t.new("per-token vectors", "temporaries", 4 * c, times=5)
+                t.free(vectors)
+                grad = t.new("gradient of a slice's logits", "logits_and_loss", 2 * V * c)
+                t.free(scores)
+                product = t.new("head gradient of a slice", "temporaries", 2 * V * h)
+                t.free(product, grad)
+            else:
+                vectors = t.new("per-token vectors", "temporaries", 4 * c, times=5)
+                t.free(vectors, logits)
+        t.free(copy)
+        return Saved(kept)
+
+    def _loss_backward(self, loss: Saved) -> Row | None:
+        """Leaves the gradient of the hidden state alive; returns the head's gradient when it must wait (tied)."""
+        t, VN = self.tape, self.V * self.N
+        if self.step.loss == "chunked":
+            t.free(loss["scalars"])
+            self._dhidden = loss.rows["grad_x"]
+            return self._head_gradient(loss["grad_head"])
+        dlogp = t.new("gradient of the log-probabilities", "logits_and_loss", 4 * VN)
+        t.free(loss["scalars"], loss["logp32"])
+        if loss["logp32"] is not None:
+            half = t.new("gradient of the log-probabilities, half", "logits_and_loss", 2 * VN)
+            t.free(dlogp)
+            dlogp = half
+        width = 2 if loss["logp32"] is not None else 4
+        dlogits = t.new("gradient of the logits", "logits_and_loss", width * VN)
+        t.free(dlogp, loss["logp"])
+        if self.e == 2 and width == 4:
+            half = t.new("gradient of the logits, half", "logits_and_loss", 2 * VN)
+            t.free(dlogits)
+            dlogits = half
+        dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
+        self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
+        t.free(dlogits, loss["head.w"])
+        if self.e == 2:
+            full = t.new("gradient of the head, float32", "gradients", 4 * self.V * self.h)
+            t.free(dw)
+            dw = full
+        return self._head_gradient(dw)
+
+    def _head_gradient(self, dw: Row | None) -> Row | None:
+        """Tied: waits in autograd's input buffer for the embedding's share. Untied: becomes or joins ``.grad``."""
+        if self.shape.tied:
+            return dw
+        if self.accumulates:
+            self.tape.free(dw)
+        return None
+
+    # ---------------------------------------------------------------- backward
+
+    def _linear_input_freed(self, name: str, saved: Saved) -> None:
+        """The product after a norm has consumed the norm's output."""
+        self.tape.free(saved[name] if self.step.loss == "full" else None)
+
+    def _norm_backward(self, name: str, saved: Saved, x: Row, *, first: bool = False, carried: Row | None = None) -> Row:
+        """Gradient of a norm's input. Frees the incoming gradient, the saved input ``x`` and the statistics."""
+        t, hN = self.tape, self.h * self.N
+        incoming = self._dhidden
+        if self.autocast and self.e != 4:
+            wide = t.new("gradient of a norm's output, float32", "temporaries", 4 * hN)
+            t.free(incoming)
+            incoming = wide
+        dx = t.new("gradient of the residual stream", "temporaries", self.r * hN) if first else self._dx_row()
+        if not first:
+            t.alloc(dx)
+        parts = ["weight", "bias"] if self.shape.bias else ["weight"]
+        cast = self.e != 4 and not self.autocast
+        small = [t.row(f"{name}.{p} gradient", "gradients", (self.e if cast else 4) * self.h) for p in parts]
+        t.alloc(*small)
+        t.free(incoming, x, saved[f"{name}.w"], saved[f"{name}.b"], saved[f"{name}.mean"], saved[f"{name}.rstd"])
+        if first and self.step.loss == "chunked":
+            t.free(saved[name])
+        if carried is not None:
+            t.free_oldest(carried)
+        for p, row in zip(parts, small, strict=True):
+            self._parameter_gradient(f"{name}.{p}", row, self.h, cast)
+        if first:
+            self._dx = dx
+        return dx
+
+    def _dx_row(self) -> Row:
+        return self._dx
+
+    def _parameter_gradient(self, name: str, fresh: Row, elements: Ints, cast: bool) -> None:
+        """A new gradient is cast to float32 if needed, then becomes ``.grad`` or is added to it in place."""
+        t = self.tape
+        if cast:
+            full = t.new(f"{name} gradient, float32", "gradients", 4 * elements)
+            t.free(fresh)
+            fresh = full
+        if self.accumulates:
+            t.free(fresh)
+
+    def _linear_backward(self, name: str, n_out: Ints, n_in: Ints, saved: Saved, frees: list[Row | None]) -> Row:
+        """Gradients of input, weight and bias of one linear; ``frees`` are tensors only it still held."""
+        t, e = self.tape, self.e
+        dw = t.row(f"{name}.weight gradient", "gradients", e * n_out * n_in)
+        din = t.row(f"{name} input gradient", "temporaries", e * n_in * self.N)
+        t.alloc(*([din, dw] if self.shape.bias else [dw, din]))
+        db = t.new(f"{name}.bias gradient", "gradients", e * n_out) if self.shape.bias else None
+        t.free(*frees, saved[f"{name}.w"])
+        self._parameter_gradient(f"{name}.weight", dw, n_out * n_in, e != 4)
+        if db is not None:
+            self._parameter_gradient(f"{name}.bias", db, n_out, e != 4)
+        return din
+
+    def _blocks_backward(self, saved: Saved, x: Row, dx: Row) -> None:
+        t, hN, e = self.tape, self.h * self.N, self.e
+        with t.repeat(self.shape.n_layer):
+            if self.step.checkpointing == "block":
+                t.phase = "block recompute"
+                saved = self._block_saved()  # stops early: the last product is not repeated
+                self._drop_bias_copy("mlp.proj", saved)
+            t.phase = "block backward"
+            branch = self._branch_gradient()
+            din = self._linear_backward("mlp.proj", self.h, 4 * self.h, saved, [saved["gelu"], branch])
+            dfc = t.new("gelu input gradient", "temporaries", 4 * e * hN)
+            t.free(din, saved["fc"])
+            self._dhidden = self._linear_backward("mlp.fc", 4 * self.h, self.h, saved, [dfc, saved["ln_2"]])
+            self._norm_backward("ln_2", saved, saved.rows["mid"], carried=dx)
+            branch = self._branch_gradient()
+            datt = self._linear_backward("attn.proj", self.h, self.h, saved, [branch])
+            dqkv = self._attention_backward(saved, datt)
+            self._dhidden = self._linear_backward("attn.qkv", 3 * self.h, self.h, saved, [dqkv, saved["ln_1"]])
+            self._norm_backward("ln_1", saved, x, carried=dx)
+
+    def _branch_gradient(self) -> Row | None:
+        """Where the residual stream is wider than the branch, the branch gets its own narrow copy of the gradient."""
+        if self.r == self.e:
+            return None
+        return self.tape.new("gradient of a branch", "temporaries", self.e * self.h * self.N)
+
+    def _attention_backward(self, saved: Saved, datt: Row) -> Row:
+        t, s, e, hN = self.tape, self.shape, self.e, self.h * self.N
+        grads = [t.new(f"gradient of {part}", "temporaries", e * hN) for part in "qkv"]
+        kernel: list[Row] = []
+        if self.cuda and self.step.half:
+            # FlashAttention-2 accumulates dq in float32, rows rounded to 128 and widths to 32 (flash_api.cpp, mha_bwd)
+            rows = -(-s.block_size // 128) * 128 * self.step.batch_size * s.n_head
+            width = -(-s.head_dim // 32) * 32
+            kernel = [
+                t.new("float32 accumulator of dq (kernel)", "temporaries", 4 * rows * width),
+                t.new("softmax sums of dq (kernel)", "temporaries", 4 * rows),
+            ]
+        elif self.cuda:
+            kernel = [t.new("attention delta (kernel)", "temporaries", 4 * s.n_head * self.N)]
+        t.free(*kernel, datt, saved["qkv"], saved["lse"], saved["rng"], saved["padded"], saved["attention"])
+        dqkv = t.new("gradient of qkv", "temporaries", 3 * e * hN)
+        t.free(*grads)
+        return dqkv
+
+    def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
+        t, h, s = self.tape, self.h, self.shape
+        if self.r != 4:
+            wide = t.new("gradient of the embeddings, float32", "temporaries", 4 * h * self.N)
+            t.free(dx)
+            dx = wide
+        summed = t.new("position gradient, summed", "gradients", 4 * h * s.block_size)
+        wpe = t.new("wpe gradient", "gradients", 4 * h * s.block_size)
+        t.free(summed, wpe if self.accumulates else None)
+        wte = t.new("wte gradient", "gradients", 4 * s.vocab_size * h)
+        t.free(dx)
+        if head_grad is not None:
+            t.free(head_grad)  # added in place to the tensor that waited
+        if self.accumulates:
+            t.free(wte)
+
+    # ---------------------------------------------------------------- optimizer
+
+    def _optimizer(self) -> None:
+        if self.step.optimizer == "adamw-foreach":
+            # sqrt of all second moments at once (torch/optim/adam.py, _multi_tensor_adam), per parameter group
+            t, matrices = self.tape, [(n, k, c) for n, k, c in self._parameters() if _is_matrix(n)]
+            for name, elements, copies in matrices:
+                with t.repeat(copies):
+                    t.new(f"{name} denominator", "temporaries", 4 * elements)
+
+
+def _is_matrix(name: str) -> bool:
+    return not (name.startswith("ln_") or ".ln_" in name or name.endswith(".bias") or name.startswith("ln"))
+
+
+def _plain(value: Any) -> Ints:
+    """A 0-d array back to an int; arrays stay arrays."""
+    array = np.asarray(value)
+    return int(array) if array.ndim == 0 else array

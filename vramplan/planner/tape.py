@@ -1,0 +1,170 @@
+"""The tensor table's row format and its evaluator.
+
+A :class:`Tape` lists the tensors of one training step in the order in which they are allocated and freed. A block's
+rows are written once, inside :meth:`Tape.repeat`; sizes are integers or numpy arrays. The same tape is read in two ways:
+
+* :func:`peak` is the closed form: it folds every repetition (whose net effect is the same each time) and so evaluates
+  any number of candidates and layers at once;
+* :func:`unroll` enumerates the individual allocations of one candidate, for the breakdown, the timeline and a replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from .shape import Ints
+
+Category = Literal[
+    "weights", "gradients", "optimizer", "activations", "logits_and_loss", "temporaries", "inputs", "workspace"
+]
+CATEGORIES: tuple[Category, ...] = (
+    "weights", "gradients", "optimizer", "activations", "logits_and_loss", "temporaries", "inputs", "workspace",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One tensor of the step: ``size`` is what the allocator hands out for it, in bytes, ``times`` for that many equals."""
+
+    index: int
+    name: str
+    category: Category
+    size: Ints
+    times: int = 1
+
+    @property
+    def total(self) -> Ints:
+        """Bytes of all its equals together."""
+        return self.size * self.times
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An allocation (+1), a release of the newest (-1) or of the oldest (-2) living instance of ``row``."""
+
+    kind: int
+    row: Row
+    phase: str
+
+
+@dataclass(slots=True)
+class Repeat:
+    """``count`` repetitions of the same events, each with the same net effect."""
+
+    count: Ints
+    events: list[Event | Repeat] = field(default_factory=list)
+
+
+class Tape:
+    """Records allocations and releases. ``granularity`` is what the allocator rounds each request up to, in bytes."""
+
+    def __init__(self, granularity: int = 1) -> None:
+        self.granularity = granularity
+        self.rows: list[Row] = []
+        self.events: list[Event | Repeat] = []
+        self.phase = ""
+        self._open = [self.events]
+
+    def row(self, name: str, category: Category, n_bytes: Ints, times: int = 1) -> Row:
+        """Declare a tensor of ``n_bytes`` without allocating it yet."""
+        g = self.granularity
+        row = Row(len(self.rows), name, category, -(-n_bytes // g) * g if g > 1 else n_bytes, times)
+        self.rows.append(row)
+        return row
+
+    def new(self, name: str, category: Category, n_bytes: Ints, times: int = 1) -> Row:
+        """Declare a tensor and allocate it."""
+        row = self.row(name, category, n_bytes, times)
+        self.alloc(row)
+        return row
+
+    def alloc(self, *rows: Row) -> None:
+        """Allocate one instance of each row."""
+        self._open[-1].extend(Event(1, row, self.phase) for row in rows)
+
+    def free(self, *rows: Row | None) -> None:
+        """Release the newest living instance of each row; ``None`` stands for a tensor this configuration lacks."""
+        self._open[-1].extend(Event(-1, row, self.phase) for row in rows if row is not None)
+
+    def free_oldest(self, row: Row) -> None:
+        """Release the oldest living instance, for a tensor that is handed on from one repetition to the next."""
+        self._open[-1].append(Event(-2, row, self.phase))
+
+    @contextmanager
+    def repeat(self, count: Ints) -> Iterator[None]:
+        """Record the events inside once, to happen ``count`` times (at least once)."""
+        body = Repeat(count)
+        self._open[-1].append(body)
+        self._open.append(body.events)
+        try:
+            yield
+        finally:
+            self._open.pop()
+
+
+def peak(tape: Tape) -> Ints:
+    """Largest number of bytes alive at any time: an int, or an array over all candidates."""
+    return _scan(tape.events)[1]
+
+
+def _scan(events: list[Event | Repeat]) -> tuple[Ints, Ints]:
+    """Net change of these events, and the highest point they reach above where they began."""
+    level: Ints = 0
+    high: Ints = 0
+    rising = False
+    for event in events:
+        if isinstance(event, Repeat):
+            step, top = _scan(event.events)
+            climb = np.maximum(step, 0) * (event.count - 1)
+            high = np.maximum(high, level + climb + top)
+            level = level + step * event.count
+            rising = False
+        elif event.kind > 0:
+            level = level + event.row.total
+            rising = True
+        else:
+            if rising:
+                high = np.maximum(high, level)
+                rising = False
+            level = level - event.row.total
+    return level, np.maximum(high, level) if rising else high
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One allocation or release of one instance: ``block`` numbers the instance."""
+
+    alloc: bool
+    row: Row
+    block: int
+    phase: str
+
+
+def unroll(tape: Tape) -> list[Change]:
+    """Every single allocation and release of a scalar tape, in order."""
+    changes: list[Change] = []
+    living: dict[int, list[int]] = {}
+    fresh = iter(range(1 << 62))
+
+    def walk(events: list[Event | Repeat]) -> None:
+        for event in events:
+            if isinstance(event, Repeat):
+                for _ in range(int(event.count)):
+                    walk(event.events)
+                continue
+            row, stack = event.row, living.setdefault(event.row.index, [])
+            for _ in range(row.times):
+                if event.kind > 0:
+                    stack.append(next(fresh))
+                    changes.append(Change(True, row, stack[-1], event.phase))
+                else:
+                    block = stack.pop() if event.kind == -1 else stack.pop(0)
+                    changes.append(Change(False, row, block, event.phase))
+
+    walk(tape.events)
+    return changes
