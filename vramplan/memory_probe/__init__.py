@@ -1,0 +1,1 @@
+"""Real passes that confirm the estimate."""

@@ -38,15 +38,15 @@ class Timeline:
         return max(self.samples, key=lambda s: s.live_bytes)
 
 
-class TensorMeter(TorchDispatchMode):
+class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context manager that counts the bytes of every living storage created inside it.
 
-    ``phase_of`` is asked after each operation what the program is doing; its answer labels the sample. ``release``
-    takes a storage that existed before the meter began, so that it counts too (:meth:`watch`).
+    ``phase_of`` is asked after each operation what the program is doing; its answer labels the sample. A tensor that
+    existed before the meter began counts from when it is given to :meth:`watch`.
     """
 
     def __init__(self, phase_of: Callable[[], str] = lambda: "") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.timeline = Timeline()
         self._phase_of = phase_of

@@ -45,8 +45,10 @@ class EagerStep:
         self.r = 4 if self.autocast else self.e
         self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
         self.workspace_bytes = workspace_bytes
-        # With accumulation the gradients exist already; broadcasting decides per candidate in a vectorised table.
+        # With accumulation the gradients exist already; one table has one answer, so the search splits its candidates.
         self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
+        self._locals: list[Row] = []
+        self._full_norm: Row | None = None
         self.tape = Tape(CUDA_GRANULARITY if self.cuda else 1)
 
     # ---------------------------------------------------------------- the story
@@ -148,7 +150,6 @@ class EagerStep:
             self._locals = [looked_up, t.new("position embeddings", "activations", 4 * self.h * self.shape.block_size)]
             t.new("position ids", "inputs", 8 * self.shape.block_size)
             return t.new("block input", "activations", 4 * hN)
-        self._locals = []
         x = t.row("block input", "activations", self.r * hN)
         if self.r == 4:
             t.alloc(x)
@@ -332,14 +333,14 @@ class EagerStep:
             if self.e == 2:
                 scores = t.new("probabilities of a slice, float32", "logits_and_loss", 4 * V * c)
                 t.free(logits)
-                vectors = t.new("per-token vectors", "temporaries", 4 * c, times=5)
-                t.free(vectors)
+            vectors = t.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=3)
+            t.free(t.new("per-token logarithms", "temporaries", 4 * c, times=2))
+            if self.e == 2:
                 grad = t.new("gradient of a slice's logits", "logits_and_loss", 2 * V * c)
-                t.free(scores)
+                t.free(scores, vectors)
                 product = t.new("head gradient of a slice", "temporaries", 2 * V * h)
                 t.free(product, grad)
             else:
-                vectors = t.new("per-token vectors", "temporaries", 4 * c, times=5)
                 t.free(vectors, logits)
         t.free(copy)
         return Saved(kept)
@@ -350,7 +351,7 @@ class EagerStep:
         if self.step.loss == "chunked":
             t.free(loss["scalars"])
             self._dhidden = loss.rows["grad_x"]
-            return self._head_gradient(loss["grad_head"])
+            return self._head_gradient(loss.rows["grad_head"])
         dlogp = t.new("gradient of the log-probabilities", "logits_and_loss", 4 * VN)
         t.free(loss["scalars"], loss["logp32"])
         if loss["logp32"] is not None:
@@ -373,7 +374,7 @@ class EagerStep:
             dw = full
         return self._head_gradient(dw)
 
-    def _head_gradient(self, dw: Row | None) -> Row | None:
+    def _head_gradient(self, dw: Row) -> Row | None:
         """Tied: waits in autograd's input buffer for the embedding's share. Untied: becomes or joins ``.grad``."""
         if self.shape.tied:
             return dw
@@ -387,7 +388,9 @@ class EagerStep:
         """The product after a norm has consumed the norm's output."""
         self.tape.free(saved[name] if self.step.loss == "full" else None)
 
-    def _norm_backward(self, name: str, saved: Saved, x: Row, *, first: bool = False, carried: Row | None = None) -> Row:
+    def _norm_backward(
+        self, name: str, saved: Saved, x: Row, *, first: bool = False, carried: Row | None = None
+    ) -> Row:
         """Gradient of a norm's input. Frees the incoming gradient, the saved input ``x`` and the statistics."""
         t, hN = self.tape, self.h * self.N
         incoming = self._dhidden
@@ -395,9 +398,9 @@ class EagerStep:
             wide = t.new("gradient of a norm's output, float32", "temporaries", 4 * hN)
             t.free(incoming)
             incoming = wide
-        dx = t.new("gradient of the residual stream", "temporaries", self.r * hN) if first else self._dx_row()
-        if not first:
-            t.alloc(dx)
+        if first:
+            self._dx = t.row("gradient of the residual stream", "temporaries", self.r * hN)
+        t.alloc(self._dx)
         parts = ["weight", "bias"] if self.shape.bias else ["weight"]
         cast = self.e != 4 and not self.autocast
         small = [t.row(f"{name}.{p} gradient", "gradients", (self.e if cast else 4) * self.h) for p in parts]
@@ -409,11 +412,6 @@ class EagerStep:
             t.free_oldest(carried)
         for p, row in zip(parts, small, strict=True):
             self._parameter_gradient(f"{name}.{p}", row, self.h, cast)
-        if first:
-            self._dx = dx
-        return dx
-
-    def _dx_row(self) -> Row:
         return self._dx
 
     def _parameter_gradient(self, name: str, fresh: Row, elements: Ints, cast: bool) -> None:
@@ -440,7 +438,7 @@ class EagerStep:
         return din
 
     def _blocks_backward(self, saved: Saved, x: Row, dx: Row) -> None:
-        t, hN, e = self.tape, self.h * self.N, self.e
+        t = self.tape
         with t.repeat(self.shape.n_layer):
             if self.step.checkpointing == "block":
                 t.phase = "block recompute"
@@ -449,8 +447,7 @@ class EagerStep:
             t.phase = "block backward"
             branch = self._branch_gradient()
             din = self._linear_backward("mlp.proj", self.h, 4 * self.h, saved, [saved["gelu"], branch])
-            dfc = t.new("gelu input gradient", "temporaries", 4 * e * hN)
-            t.free(din, saved["fc"])
+            dfc = self._gelu_backward(din, saved)
             self._dhidden = self._linear_backward("mlp.fc", 4 * self.h, self.h, saved, [dfc, saved["ln_2"]])
             self._norm_backward("ln_2", saved, saved.rows["mid"], carried=dx)
             branch = self._branch_gradient()
@@ -458,6 +455,11 @@ class EagerStep:
             dqkv = self._attention_backward(saved, datt)
             self._dhidden = self._linear_backward("attn.qkv", 3 * self.h, self.h, saved, [dqkv, saved["ln_1"]])
             self._norm_backward("ln_1", saved, x, carried=dx)
+
+    def _gelu_backward(self, din: Row, saved: Saved) -> Row:
+        dfc = self.tape.new("gelu input gradient", "temporaries", 4 * self.e * self.h * self.N)
+        self.tape.free(din, saved["fc"])
+        return dfc
 
     def _branch_gradient(self) -> Row | None:
         """Where the residual stream is wider than the branch, the branch gets its own narrow copy of the gradient."""

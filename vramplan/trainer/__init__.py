@@ -1,0 +1,1 @@
+"""A GPT trainer whose memory behaviour is the one the planner models."""

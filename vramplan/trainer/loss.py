@@ -7,6 +7,8 @@ exists at a time; the price is that the head's float32 gradient lives from there
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..planner.step import StepConfig
+
+
+Slice = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepConfig) -> Tensor:
@@ -26,14 +31,15 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepCon
         return F.cross_entropy(F.linear(x, head.to(x.dtype)).float(), y)
     if not torch.is_grad_enabled():
         return _chunked_loss_only(x, head, y, step.loss_chunk_tokens)
-    loss: Tensor = _ChunkedCrossEntropy.apply(x, head, y, step.loss_chunk_tokens)  # type: ignore[no-untyped-call]
+    fused = _compiled_slice() if step.compile else _slice
+    loss: Tensor = _ChunkedCrossEntropy.apply(x, head, y, step.loss_chunk_tokens, fused)  # type: ignore[no-untyped-call]
     return loss
 
 
 def _chunked_loss_only(x: Tensor, head: Tensor, y: Tensor, chunk: int) -> Tensor:
     weight = head.to(x.dtype)
     total = torch.zeros((), device=x.device)
-    for xs, ys in zip(x.split(chunk), y.split(chunk), strict=True):
+    for xs, ys in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
         total += F.cross_entropy(F.linear(xs, weight).float(), ys, reduction="sum")
     return total / y.numel()
 
@@ -46,13 +52,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, y: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, head: Tensor, y: Tensor, chunk: int, fused: Slice) -> Tensor:
         weight = head.to(x.dtype)
         grad_x = torch.empty_like(x)
         grad_head = torch.zeros_like(head)
         total = torch.zeros((), device=x.device)
-        for xs, ys, gs in zip(x.split(chunk), y.split(chunk), grad_x.split(chunk), strict=True):
-            loss, grad_logits = _slice(F.linear(xs, weight), ys)
+        for xs, ys, gs in zip(torch.split(x, chunk), torch.split(y, chunk), torch.split(grad_x, chunk), strict=True):
+            loss, grad_logits = fused(F.linear(xs, weight), ys)
             total += loss
             torch.mm(grad_logits, weight, out=gs)
             if x.dtype == head.dtype:
@@ -65,10 +71,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / y.numel()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_head = ctx.saved_tensors
         scale = grad_output / ctx.tokens
-        return grad_x.mul_(scale), grad_head.mul_(scale), None, None
+        return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None
 
 
 def _slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,3 +94,10 @@ def _slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     scores.div_(total)
     scores.scatter_add_(1, index, torch.full_like(top, -1.0))
     return loss, scores.to(dtype)
+
+
+@cache
+def _compiled_slice() -> Slice:
+    """One fused kernel that goes from logits to their gradient without a float32 copy."""
+    compiled: Slice = torch.compile(_slice)
+    return compiled

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from ..planner.step import StepConfig
+from .loss import next_token_loss
 from .model import GPT
 
 MicroBatches = Iterable[tuple[Tensor, Tensor]]
@@ -23,6 +24,18 @@ class StepResult:
 
     loss: float
     grad_norm: float
+
+
+def _compiled(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
+    """Compile the whole model, or with the chunked loss only the transformer.
+
+    A graph over the loss's slices would save each slice's product for the head's gradient until the backward.
+    """
+    if model.step.loss == "full":
+        whole: Callable[[Tensor, Tensor], Tensor] = torch.compile(model)
+        return whole
+    hidden = torch.compile(model.hidden)
+    return lambda tokens, targets: next_token_loss(hidden(tokens), model.head, targets, model.step)
 
 
 class TrainStep:
@@ -44,7 +57,7 @@ class TrainStep:
         self.model, self.optimizer, self.step = model, optimizer, step
         self.grad_clip, self.device = grad_clip, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
-        self._forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model) if step.compile else model
+        self._forward: Callable[[Tensor, Tensor], Tensor] = _compiled(model) if step.compile else model
 
     def __call__(self, micro_batches: MicroBatches, learning_rate: float) -> StepResult:
         """Run one optimizer step over exactly ``grad_accum`` micro-batches of (B, T) int64 tokens and targets."""

@@ -1,0 +1,114 @@
+"""The tensor table of one compiled training step (torch.compile, inductor).
+
+What the forward keeps was read from the joint graph after torch 2.13's min-cut partition, for one and two layers:
+with a half-precision residual stream 32 h per token and layer (64 h in float32, 36 h under autocast), the half copies of
+the matrices, and the logits once. GELU's input and output are both kept. Different from eager:
+
+* normalisation, casts and GELU's backward are fused: no float32 copies of norm outputs, no second 4 h gradient;
+* the loss keeps only the logits; in the backward the gradient of the logits is a buffer of its own beside them;
+* all parameter gradients are outputs of one backward graph, so with accumulation a whole second set exists at its end;
+* with the chunked loss only the transformer is compiled as a graph (a graph over the slices would keep every slice's
+  head gradient), and the slice's arithmetic is one fused kernel without a float32 copy of its logits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .eager import EagerStep, Saved, _plain
+from .shape import Ints
+from .tape import Row
+
+
+class CompiledStep(EagerStep):
+    """Writes the table of a compiled step; what it does not override is as in eager mode."""
+
+    def _norm_forward(self, name: str) -> Saved:
+        t = self.tape
+        return Saved(
+            {
+                name: t.new(f"{name} output", "activations", self.e * self.h * self.N),
+                f"{name}.mean": t.new(f"{name} mean", "activations", self.stat * self.N),
+                f"{name}.rstd": t.new(f"{name} 1/std", "activations", self.stat * self.N),
+            }
+        )
+
+    def _weight_copy(self, name: str, n_out: Ints, n_in: Ints, kept: dict[str, Row]) -> None:
+        if self.e != 4:  # bias copies are fused into the product's epilogue
+            kept[f"{name}.w"] = self.tape.new(f"{name} weight copy", "weights", self.e * n_out * n_in)
+
+    def _full_loss(self) -> Saved:
+        t, VN = self.tape, self.V * self.N
+        kept: dict[str, Row] = {}
+        if self.e == 2:
+            kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
+        kept["logits"] = t.new("logits", "logits_and_loss", self.e * VN)
+        kept["lse"] = t.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2)
+        kept["scalars"] = t.new("loss scalars", "logits_and_loss", 4, times=3)
+        return Saved(kept)
+
+    def _chunked_loss(self) -> Saved:
+        t, h, V, e = self.tape, self.h, self.V, self.e
+        c = _plain(np.minimum(self.step.loss_chunk_tokens, self.N))
+        copy = t.new("head weight copy", "weights", 2 * V * h) if e == 2 else None
+        kept = {
+            "grad_x": t.new("gradient of the hidden state", "gradients", e * h * self.N),
+            "grad_head": t.new("gradient of the head", "gradients", 4 * V * h),
+            "scalars": t.new("loss scalars", "logits_and_loss", 4, times=3),
+        }
+        with t.repeat(-(-self.N // c)):
+            logits = t.new("logits of a slice", "logits_and_loss", e * V * c)
+            grad = t.new("gradient of a slice's logits", "logits_and_loss", e * V * c)
+            t.free(logits)
+            if e == 2:
+                t.free(t.new("head gradient of a slice", "temporaries", 2 * V * h))
+            t.free(grad)
+        t.free(copy)
+        return Saved(kept)
+
+    def _loss_backward(self, loss: Saved) -> Row | None:
+        t = self.tape
+        if self.step.loss == "chunked":
+            return super()._loss_backward(loss)
+        dlogits = t.new("gradient of the logits", "logits_and_loss", self.e * self.V * self.N)
+        t.free(loss["scalars"], loss["lse"], None if self.autocast else loss["logits"])
+        dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
+        self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
+        t.free(dlogits, loss["head.w"])
+        if self.shape.tied:
+            return dw
+        self._parameter_gradient("lm_head", dw, self.V * self.h, self.e != 4)
+        return None
+
+    def _norm_backward(
+        self, name: str, saved: Saved, x: Row, *, first: bool = False, carried: Row | None = None
+    ) -> Row:
+        t, hN = self.tape, self.h * self.N
+        incoming = self._dhidden
+        if first:
+            self._dx = t.row("gradient of the residual stream", "temporaries", self.r * hN)
+        t.alloc(self._dx)
+        for part in ["weight", "bias"] if self.shape.bias else ["weight"]:
+            t.new(f"{name}.{part} gradient", "gradients", 4 * self.h)
+        t.free(incoming, x, saved[f"{name}.mean"], saved[f"{name}.rstd"])
+        if first and self.step.loss == "chunked":
+            t.free(saved[name])
+        if carried is not None:
+            t.free_oldest(carried)
+        return self._dx
+
+    def _parameter_gradient(self, name: str, fresh: Row, elements: Ints, cast: bool) -> None:
+        """Every gradient stays until the graph returns, whether ``.grad`` exists or not."""
+        if cast:
+            self.tape.new(f"{name} gradient, float32", "gradients", 4 * elements)
+            self.tape.free(fresh)
+
+    def _gelu_backward(self, din: Row, saved: Saved) -> Row:
+        self.tape.free(saved["fc"])
+        return din  # rewritten in place
+
+    def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
+        t, h, s = self.tape, self.h, self.shape
+        t.new("wpe gradient", "gradients", 4 * h * s.block_size)
+        t.new("wte gradient", "gradients", 4 * s.vocab_size * h)
+        t.free(dx, head_grad)

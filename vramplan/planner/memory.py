@@ -1,0 +1,135 @@
+"""Memory of one training step: the peak, when it happens, and what is alive then.
+
+The tensors are listed in :mod:`eager` and :mod:`compiled`; here they are added up. Allocated bytes are what torch's
+allocator has handed out; reserved is what it holds from the driver; the process also has a CUDA context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..units import MIB
+from .allocator import replay
+from .compiled import CompiledStep
+from .eager import EagerStep
+from .gpu import Gpu
+from .shape import Ints, Shape
+from .step import StepConfig
+from .tape import CATEGORIES, Change, Tape, peak, unroll
+
+DEFAULT_CAPABILITY = (8, 9)
+"""Assumed when no card is named: workspaces and context of an Ada card."""
+
+CUBLAS_WORKSPACE_BYTES = {(9, 0): 32 * MIB, (10, 0): 32 * MIB}
+"""Per handle and stream; every other architecture 8,519,680 (torch aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+
+CONTEXT_BYTES = {(7, 5): 141 * MIB, (8, 0): 420 * MIB, (9, 0): 520 * MIB, (10, 0): 560 * MIB}
+"""CUDA context after the first product: 141 MiB measured on a T4. Cards not listed: 200 MiB, measured on a 4070 SUPER.
+The figures of A100, H100 and B200 are upper estimates that no measurement here backs."""
+
+
+def workspace_bytes(gpu: Gpu | None) -> int:
+    """Bytes of one cuBLAS workspace on this card."""
+    return CUBLAS_WORKSPACE_BYTES.get(gpu.capability if gpu else DEFAULT_CAPABILITY, 8_519_680)
+
+
+def context_bytes(gpu: Gpu | None) -> int:
+    """Bytes the driver keeps for the process outside torch's allocator."""
+    return CONTEXT_BYTES.get(gpu.capability if gpu else DEFAULT_CAPABILITY, 200 * MIB)
+
+
+def tensor_table(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Tape:
+    """The table of one optimizer step. Sizes may be arrays; ``grad_accum`` must then be 1 everywhere or nowhere."""
+    table = CompiledStep if step.compile else EagerStep
+    return table(shape, step, workspace_bytes(gpu) if step.device == "cuda" else 0).write()
+
+
+def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
+    """Closed form of the peak in bytes, vectorised over arrays in ``shape`` and ``step``."""
+    return peak(tensor_table(shape, step, gpu))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBytes:
+    """One line of a breakdown: all living tensors of one name together."""
+
+    name: str
+    category: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything known about one configuration's memory. Sizes in bytes."""
+
+    shape: Shape
+    step: StepConfig
+    changes: tuple[Change, ...]
+    peak_index: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    context_bytes: int
+
+    @property
+    def process_bytes(self) -> int:
+        """What the card loses to this process: reserved plus CUDA context."""
+        return self.peak_reserved_bytes + self.context_bytes
+
+    @property
+    def peak_phase(self) -> str:
+        """Phase in which the peak occurs."""
+        return self.changes[self.peak_index].phase
+
+    @cached_property
+    def alive_at_peak(self) -> tuple[TensorBytes, ...]:
+        """Tensors alive at the peak, equals of one name added up, largest first."""
+        living: dict[int, Change] = {}
+        for change in self.changes[: self.peak_index + 1]:
+            if change.alloc:
+                living[change.block] = change
+            else:
+                del living[change.block]
+        total: dict[tuple[str, str], int] = {}
+        for change in living.values():
+            key = (change.row.name, change.row.category)
+            total[key] = total.get(key, 0) + int(change.row.size)
+        rows = [TensorBytes(name, category, size) for (name, category), size in total.items()]
+        return tuple(sorted(rows, key=lambda row: -row.n_bytes))
+
+    @cached_property
+    def breakdown(self) -> dict[str, int]:
+        """Bytes per category at the peak; with ``fragmentation`` and ``context`` it adds up to ``process_bytes``."""
+        parts: dict[str, int] = {category: 0 for category in CATEGORIES}
+        for row in self.alive_at_peak:
+            parts[row.category] += row.n_bytes
+        parts["fragmentation"] = self.peak_reserved_bytes - self.peak_allocated_bytes
+        parts["context"] = self.context_bytes
+        return parts
+
+    @cached_property
+    def persistent_bytes(self) -> int:
+        """Weights, optimizer states, workspaces, and with accumulation the gradients: alive all the time."""
+        return sum(int(c.row.size) for c in self.changes if c.phase == "persistent")
+
+    @cached_property
+    def phase_peaks(self) -> dict[str, int]:
+        """Highest allocated bytes within each phase, in order of first appearance."""
+        live, peaks = 0, dict[str, int]()
+        for change in self.changes:
+            live += int(change.row.size) if change.alloc else -int(change.row.size)
+            peaks[change.phase] = max(peaks.get(change.phase, 0), live)
+        return peaks
+
+
+def estimate(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Estimate:
+    """Enumerate the table of one configuration and replay it through the allocator."""
+    changes = unroll(tensor_table(shape, step, gpu))
+    live = top = index = 0
+    for i, change in enumerate(changes):
+        live += int(change.row.size) if change.alloc else -int(change.row.size)
+        if live > top:
+            top, index = live, i
+    reserved = replay(changes).peak_reserved_bytes if step.device == "cuda" else top
+    context = context_bytes(gpu) if step.device == "cuda" else 0
+    return Estimate(shape, step, tuple(changes), index, top, max(reserved, top), context)

@@ -1,0 +1,196 @@
+"""What the trainer reports while it works. It prints nothing itself: whoever called it renders these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of everything reported."""
+
+
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """An ``on_event`` for callers that do not listen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparationStarted(Event):
+    """Tokenising begins. ``reason`` says why existing shards could not be used, or is empty when there were none."""
+
+    files: int
+    rows: int
+    size_bytes: int
+    directory: Path
+    tokenizer_source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparationProgress(Event):
+    """Rows read and tokens written so far, of ``rows_total`` rows."""
+
+    rows: int
+    rows_total: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Event):
+    """The shards are ready. ``reused`` when nothing had to be tokenised; ``notes`` says what is unusual about them."""
+
+    directory: Path
+    reused: bool
+    documents: dict[str, int]
+    train_tokens: int
+    val_tokens: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Event):
+    """A run begins or continues, with everything that should be known before the first step.
+
+    ``tokens_per_step`` is ``batch_size x grad_accum x block_size``; ``epochs`` is how often the run will read the
+    ``unique_tokens`` of its training blocks. ``first_loss_expected`` is ln(vocab_size), the loss of an untrained model.
+    ``notes`` are sentences about what is unusual.
+    """
+
+    run_dir: Path
+    device: str
+    parameters: int
+    batch_size: int
+    grad_accum: int
+    block_size: int
+    tokens_per_step: int
+    start_step: int
+    total_steps: int
+    token_budget: int
+    unique_tokens: int
+    blocks_per_epoch: int
+    epochs: float
+    val_tokens: int
+    evaluation_blocks: int
+    first_loss_expected: float
+    flops_per_token: int
+    peak_flops: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSkipped(Event):
+    """A checkpoint is damaged; the one before it is tried."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(Event):
+    """State was restored from ``checkpoint``, or begins anew (None) when the run never reached its first one."""
+
+    checkpoint: Path | None
+    step: int
+    tokens_seen: int
+    dropped_lines: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLogged(Event):
+    """One metrics line. ``step`` counts finished optimizer steps; the loss is that step's own, before its update.
+
+    ``step_seconds`` is the mean over the interval, without evaluation and saving. ``tokens_per_second`` and ``mfu`` are
+    None for the first step of a process, which compiles and warms up; ``mfu`` also when the peak is unknown. The memory
+    fields (bytes since the process began) are None on a CPU.
+    """
+
+    step: int
+    total_steps: int
+    tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float | None
+    step_seconds: float
+    mfu: float | None
+    epoch: float
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    alloc_retries: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(Event):
+    """Mean loss over the evaluation blocks after ``step`` steps."""
+
+    step: int
+    val_loss: float
+    best_val_loss: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(val_loss)."""
+        return math.exp(self.val_loss) if self.val_loss < 700 else math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A checkpoint is on disk, read back and verified."""
+
+    path: Path
+    step: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRequested(Event):
+    """A signal arrived: the current optimizer step is finished and saved first. A second one stops at once."""
+
+    signal_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupted(Event):
+    """The run stopped early on a signal and is saved in ``checkpoint``."""
+
+    run_dir: Path
+    checkpoint: Path
+    step: int
+    total_steps: int
+    signal_name: str
+    signal_number: int
+
+    @property
+    def resume_command(self) -> tuple[str, ...]:
+        """The words of the command that continues this run."""
+        return ("vramplan", "train", "--resume", str(self.run_dir))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlreadyFinished(Event):
+    """The run to be resumed has nothing left to do."""
+
+    run_dir: Path
+    step: int
+    best_val_loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """The run reached its last step. ``seconds`` is what this process spent training, evaluating and saving."""
+
+    run_dir: Path
+    step: int
+    tokens: int
+    last_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    seconds: float
