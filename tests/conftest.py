@@ -11,3 +11,37 @@ def tokenizer():
     from vramplan.trainer.tokenizer import load_tokenizer
 
     return load_tokenizer()
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    """Write token ids straight into shards: ``make_shards(train=..., val=...) -> ShardSet``."""
+    import numpy as np
+
+    from vramplan.trainer.shards import Manifest, ShardSet, ShardWriter, token_dtype
+
+    def make(train, val=(), *, n_vocab=64, shard_tokens=1000, directory=tmp_path / "shards"):
+        directory.mkdir()
+        shards = []
+        for split, tokens in (("train", train), ("val", val)):
+            with ShardWriter(directory, split, token_dtype(n_vocab), shard_tokens) as writer:
+                writer.add(np.asarray(tokens))
+            shards += writer.shards
+        documents = {"train": 1, "val": min(1, len(val)), "null": 0, "empty": 0}
+        Manifest(settings={}, n_vocab=n_vocab, documents=documents, shards=tuple(shards)).save(directory)
+        return ShardSet.open(directory)
+
+    return make
+
+
+@pytest.fixture
+def learnable_tokens():
+    """``learnable_tokens(n)``: a noisy arithmetic sequence over 64 ids that a tiny GPT learns within a few steps."""
+    import numpy as np
+
+    def make(n, seed=0):
+        rng = np.random.default_rng(seed)
+        steps = np.where(rng.random(n) < 0.9, 3, rng.integers(0, 64, n))
+        return np.cumsum(steps) % 64
+
+    return make

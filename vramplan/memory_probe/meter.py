@@ -37,6 +37,14 @@ class Timeline:
         """The sample with the most bytes alive (the first, if several)."""
         return max(self.samples, key=lambda s: s.live_bytes)
 
+    @property
+    def phase_peaks(self) -> dict[str, int]:
+        """Most bytes alive within each phase, in order of first appearance."""
+        peaks: dict[str, int] = {}
+        for sample in self.samples:
+            peaks[sample.phase] = max(peaks.get(sample.phase, 0), sample.live_bytes)
+        return peaks
+
 
 class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context manager that counts the bytes of every living storage created inside it.
@@ -49,7 +57,7 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.timeline = Timeline()
-        self._phase_of = phase_of
+        self.phase_of = phase_of
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def watch(self, tensor: torch.Tensor) -> None:
@@ -78,5 +86,5 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
                 self.watch(leaf)
-        self.timeline.samples.append(Sample(self.live_bytes, str(func), self._phase_of()))
+        self.timeline.samples.append(Sample(self.live_bytes, str(func), self.phase_of()))
         return result

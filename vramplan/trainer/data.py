@@ -162,7 +162,8 @@ def _build(
         if min(result.tokens.values()) <= block_size:
             adjusted = block_size
             chosen = choose_held_out(result.candidates, block_size + 1, result.total)
-            result = _write_pass(sources, building, tokenizer, data, chosen, on_event)
+            if chosen or result.tokens["val"]:
+                result = _write_pass(sources, building, tokenizer, data, chosen, on_event)
         manifest = Manifest(
             settings=settings,
             n_vocab=tokenizer.n_vocab,

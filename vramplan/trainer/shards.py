@@ -45,7 +45,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a shard directory holds. ``settings`` is everything that decided its content: equal settings, equal shards."""
+    """What a shard directory holds. ``settings`` is all that decided its content: equal settings, equal shards."""
 
     settings: dict[str, Any]
     n_vocab: int

@@ -1,4 +1,4 @@
-"""Reading token shards: training blocks in a seeded order that a single integer resumes, and fixed evaluation blocks."""
+"""Reading token shards: training blocks in a seeded order that one integer resumes, and fixed evaluation blocks."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class TokenStream:
 class Evaluation:
     """Fixed batches of blocks; iterating yields (tokens, targets), each (B, T) int64. All batches have equal size.
 
-    Of the blocks available, at most ``batch_size x batches`` are used, evenly spread. A remainder that would not fill a
-    batch is left out, so the mean over batches is the mean over blocks; fewer blocks than one batch make one short batch.
+    Of the blocks available, at most ``batch_size x batches`` are used, evenly spread. A remainder that would not fill
+    a batch is left out, so the mean over batches is the mean over blocks; fewer blocks than that make one short batch.
     """
 
     def __init__(

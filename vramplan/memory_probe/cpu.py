@@ -1,0 +1,148 @@
+"""Real optimizer steps on the CPU under the meter: what the planner's tensor table claims, confirmed byte for byte.
+
+The same model, loss, optimizer and training step run here as on a GPU; only kernels differ. Phases carry the names the
+tensor table uses, so a measured peak can be compared with the estimated one in size and in place.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, Problem
+from ..planner.shape import Shape, check_shape
+from ..planner.step import StepConfig, check_step
+from ..runconfig import RunConfig
+from ..trainer.model import GPT
+from ..trainer.optimizer import build_optimizer
+from ..trainer.step import MicroBatches, TrainStep
+from .meter import TensorMeter
+
+
+@dataclass(frozen=True, slots=True)
+class CpuMeasurement:
+    """One metered optimizer step. ``persistent_bytes`` are alive before it: weights and optimizer states, no gradients.
+
+    ``peak_operation`` is the dispatcher's name of the operation whose result made the peak, for example
+    ``aten.mm.default``; ``phase_peaks`` are the most bytes alive within each phase, in order of first appearance.
+    """
+
+    peak_bytes: int
+    persistent_bytes: int
+    peak_phase: str
+    peak_operation: str
+    phase_peaks: dict[str, int]
+
+
+class _Phase:
+    """Follows a model through forward, backward and update with hooks that allocate nothing."""
+
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        self.name = "optimizer step"
+        self.forward = False
+        model.register_forward_pre_hook(self._forward_begins)
+        model.blocks[0].register_forward_pre_hook(self._embedded)
+        for block in model.blocks:
+            block.register_forward_pre_hook(self._block_begins)
+            # checkpointing leaves a recomputed block through an exception: always_call
+            block.register_forward_hook(self._block_ends, always_call=True)
+        model.ln_f.register_forward_pre_hook(self._blocks_done)
+        model.ln_f.register_forward_hook(self._norm_done)
+        model.register_forward_hook(self._loss_done)
+        optimizer.register_step_pre_hook(self._update_begins)
+
+    def _on_gradient(self, tensor: Tensor, name: str) -> None:
+        """The phase becomes ``name`` once the gradient of ``tensor`` is complete."""
+
+        def arrived(_: Tensor) -> None:
+            self.name = name
+
+        tensor.register_hook(arrived)
+
+    def _forward_begins(self, *_: Any) -> None:
+        self.forward, self.name = True, "forward"
+
+    def _embedded(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        if self.forward:
+            self._on_gradient(inputs[0], "embedding backward")
+
+    def _block_begins(self, *_: Any) -> None:
+        if not self.forward:
+            self.name = "block recompute"
+
+    def _block_ends(self, *_: Any) -> None:
+        if not self.forward:
+            self.name = "block backward"
+
+    def _blocks_done(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._on_gradient(inputs[0], "block backward")
+
+    def _norm_done(self, *_: Any) -> None:
+        self.name = "loss forward"
+
+    def _loss_done(self, _: Any, __: Any, loss: Tensor) -> None:
+        self.forward = False
+        self._on_gradient(loss, "loss backward")
+
+    def _update_begins(self, *_: Any) -> None:
+        self.name = "optimizer step"
+
+
+def measure_cpu_step(
+    config: RunConfig | tuple[Shape, StepConfig], *, steps: int = 3, grad_clip: float = 1.0
+) -> CpuMeasurement:
+    """Build the model, run ``steps`` optimizer steps on random tokens, and report the last one.
+
+    The first step creates the optimizer's states, so at least two are needed to see a step as all later ones are. Needs
+    as much host memory as the step itself, and half precision is slow: use small vocabularies.
+
+    Raises ConfigError for settings that are illegal or that no CPU step of our trainer can confirm.
+    """
+    shape, step = (config.shape, config.step_config) if isinstance(config, RunConfig) else config
+    _check(shape, step, steps)
+    with TensorMeter() as meter:
+        model = GPT(shape, step)
+        optimizer = build_optimizer(model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
+        phase = _Phase(model, optimizer)
+        meter.phase_of = lambda: phase.name
+        persistent = 0
+        for _ in range(steps):
+            gc.collect()  # checkpointing leaves reference cycles behind
+            meter.restart()
+            persistent = meter.live_bytes
+            train(_random_batches(shape, step), learning_rate=1e-3)
+    top = meter.timeline.peak
+    return CpuMeasurement(top.live_bytes, persistent, top.phase, top.operation, meter.timeline.phase_peaks)
+
+
+def _check(shape: Shape, step: StepConfig, steps: int) -> None:
+    problems = [*check_shape(shape), *check_step(step)]
+    if step.device != "cpu":
+        problems.append(Problem("device", step.device, "is not measured here", "use device=cpu"))
+    if step.compile:
+        problems.append(Problem("compile", True, "is not confirmed on the CPU", "use compile=false"))
+    if step.workload != "vramplan":
+        problems.append(Problem("workload", step.workload, "is not our trainer", "use workload=vramplan"))
+    if steps < 2:
+        problems.append(Problem("steps", steps, "must be at least 2: the first creates the optimizer's states"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _random_batches(shape: Shape, step: StepConfig) -> MicroBatches:
+    """``grad_accum`` micro-batches of (B, T) tokens and targets, each made only when it is asked for."""
+
+    def draw() -> Tensor:
+        return torch.randint(0, shape.vocab_size, (step.batch_size, shape.block_size))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(step.grad_accum):
+            yield draw(), draw()
+
+    return batches()

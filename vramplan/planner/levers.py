@@ -1,0 +1,91 @@
+"""What each single change would save and cost, and how far the batch could grow with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .gpu import Gpu
+from .memory import estimate
+from .risk import needed_bytes
+from .shape import Shape
+from .speed import tokens_per_second
+from .step import StepConfig, check_step
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """One change to a configuration.
+
+    ``saved_bytes`` may be negative; ``speed_ratio`` is tokens/s after over before (None without a card);
+    ``largest_batch`` is the largest batch_size dividing the step's sequences that fits the budget (0: none).
+    ``changes_result`` says whether the optimisation itself changes (tokens per step, context length, numerics).
+    """
+
+    name: str
+    shape: Shape
+    step: StepConfig
+    process_bytes: int
+    saved_bytes: int
+    speed_ratio: float | None
+    largest_batch: int
+    changes_result: bool
+
+
+def levers(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> list[Lever]:
+    """Every single change that is legal for this configuration, most memory saved first."""
+    base = estimate(shape, step, gpu).process_bytes
+    speed = tokens_per_second(shape, step, gpu) if gpu is not None else None
+    found = []
+    for name, other_shape, other, changes in _neighbours(shape, step, gpu):
+        if check_step(other):
+            continue
+        process = estimate(other_shape, other, gpu).process_bytes
+        ratio = float(tokens_per_second(other_shape, other, gpu) / speed) if gpu is not None else None
+        batch = largest_batch(other_shape, other, gpu, budget_bytes, max_risk)
+        found.append(Lever(name, other_shape, other, process, base - process, ratio, batch, changes))
+    return sorted(found, key=lambda lever: -lever.saved_bytes)
+
+
+def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tuple[str, Shape, StepConfig, bool]]:
+    sequences = step.batch_size * step.grad_accum
+    smaller = max((b for b in range(1, step.batch_size) if sequences % b == 0), default=None)
+    if smaller is not None:
+        halved = replace(step, batch_size=smaller, grad_accum=sequences // smaller)
+        yield f"batch_size {smaller} x grad_accum {sequences // smaller}", shape, halved, False
+    if step.loss == "full":
+        yield "chunked loss", shape, replace(step, loss="chunked"), False
+    elif step.loss_chunk_tokens > 512:
+        half = step.loss_chunk_tokens // 2
+        yield f"loss in slices of {half} tokens", shape, replace(step, loss_chunk_tokens=half), False
+    if step.checkpointing == "none":
+        yield "activation checkpointing", shape, replace(step, checkpointing="block"), False
+    if step.dtype == "float32" and step.device == "cuda":
+        half_dtype = "bfloat16" if gpu is None or gpu.supports_bf16 else "float16"
+        yield half_dtype, shape, replace(step, dtype=half_dtype), True
+    elif step.dtype == "bfloat16" and step.device == "cuda":
+        yield "float16 (the same two bytes)", shape, replace(step, dtype="float16"), True
+    if step.optimizer != "adamw8bit" and step.workload == "vramplan":
+        yield "8-bit AdamW states", shape, replace(step, optimizer="adamw8bit"), True
+    if step.device == "cuda":
+        yield ("eager" if step.compile else "compiled"), shape, replace(step, compile=not step.compile), False
+    if shape.block_size % 2 == 0 and shape.block_size > 64:
+        shorter = replace(shape, block_size=shape.block_size // 2)
+        longer_step = replace(step, grad_accum=step.grad_accum * 2)
+        yield f"block_size {shorter.block_size}", shorter, longer_step, True
+
+
+def largest_batch(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> int:
+    """Largest batch_size that divides the step's sequences and fits the budget; 0 when not even 1 does."""
+    sequences = step.batch_size * step.grad_accum
+    legal = [b for b in range(1, sequences + 1) if sequences % b == 0]
+
+    def fits(b: int) -> bool:
+        full = estimate(shape, replace(step, batch_size=b, grad_accum=sequences // b), gpu)
+        return bool(needed_bytes(full.process_bytes, step, max_risk) <= budget_bytes)
+
+    low, high = 0, len(legal)  # memory grows with the batch: bisect
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(legal[middle]) else (low, middle)
+    return legal[low - 1] if low else 0

@@ -1,0 +1,262 @@
+"""Plan: the ranked answer to "what fits this budget and trains fastest", able to explain itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DoesNotFitError, Problem
+from ..units import count, gib
+from .gpu import Budget, Gpu, find_gpu
+from .memory import Estimate, estimate
+from .risk import OomRisk, needed_bytes, oom_risk
+from .search import Candidate, Grid, confirm, rank
+from .shape import PUBLISHED, Shape, published_name
+from .speed import mfu, seconds_to_tokens, tokens_per_second
+from .step import StepConfig, tokens_per_step
+
+SCHEMA = 1
+SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias", "tied")
+STEP_FIELDS = (
+    "batch_size", "grad_accum", "dtype", "compile", "loss", "loss_chunk_tokens", "checkpointing", "optimizer",
+    "workload", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One answer. Speed figures are None when no card is known (CPU plans)."""
+
+    rank: int
+    shape: Shape
+    step: StepConfig
+    estimate: Estimate
+    tokens_per_second: float | None
+    mfu: float | None
+    oom_risk: OomRisk
+    needs_bytes: int
+    reason: str
+
+    def seconds_for(self, n_tokens: int) -> float | None:
+        """Seconds of training until ``n_tokens`` have been seen."""
+        return float(seconds_to_tokens(n_tokens, self.tokens_per_second)) if self.tokens_per_second else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """One entry of ``plans`` in the JSON."""
+        return {
+            "rank": self.rank,
+            "config": {n: getattr(self.shape, n) for n in SHAPE_FIELDS}
+            | {n: getattr(self.step, n) for n in STEP_FIELDS},
+            "estimate": self.estimate.as_dict(),
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "oom_risk": self.oom_risk.probability,
+            "oom_risk_reason": self.oom_risk.reason,
+            "needs_bytes": self.needs_bytes,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSet:
+    """Everything ``plan`` answers: the ranked plans, other shapes beside the chosen one, and what was assumed."""
+
+    plans: tuple[Plan, ...]
+    alternatives: tuple[Plan, ...]
+    gpu: Gpu | None
+    budget: Budget
+    max_risk: float
+    considered: int
+    seconds: float
+    target_parameters: int | None
+    token_budget: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``plan --json`` prints and ``-o`` writes; published keys stay."""
+        return {
+            "schema": SCHEMA,
+            "plans": [p.as_dict() for p in self.plans],
+            "alternatives": [p.as_dict() for p in self.alternatives],
+            "gpu": self.gpu.name if self.gpu else None,
+            "total_bytes": self.budget.total_bytes,
+            "reserve_bytes": self.budget.reserve_bytes,
+            "budget_bytes": self.budget.budget_bytes,
+            "assumptions": list(self.budget.assumptions),
+            "max_risk": self.max_risk,
+            "target_parameters": self.target_parameters,
+            "token_budget": self.token_budget,
+            "considered": self.considered,
+            "seconds": round(self.seconds, 4),
+        }
+
+
+def make_plan(
+    grid: Grid,
+    gpu: Gpu | None,
+    budget: Budget,
+    *,
+    max_risk: float = 0.01,
+    top: int = 5,
+    fastest_shape: bool = False,
+    target_parameters: int | None = None,
+    token_budget: int | None = None,
+) -> PlanSet:
+    """Search the grid and explain the best ``top`` plans.
+
+    ``grid.shapes[0]`` is the settled shape unless ``fastest_shape`` lets speed decide among all of them. Raises
+    DoesNotFitError with the smallest thing that would fit.
+    """
+    started = time.perf_counter()
+    ranked = rank(grid, gpu, budget.budget_bytes, max_risk)
+    own = ranked if fastest_shape else [c for c in ranked if c.shape == grid.shapes[0]]
+    fits = confirm(own, gpu, budget.budget_bytes, max_risk, top)
+    if not fits:
+        raise DoesNotFitError(_nothing_fits(grid, gpu, budget.budget_bytes, max_risk))
+    plans: list[Plan] = []
+    for fit in fits:
+        plan = price_plan(len(plans) + 1, fit.estimate, gpu, budget.budget_bytes, max_risk)
+        reason = compare(plan, plans[0]) if plans else _why_best(plan, len(own), grid.size())
+        plans.append(replace(plan, reason=reason))
+    others: list[Plan] = []
+    for shape in [s for s in grid.shapes if s != plans[0].shape][:8]:
+        for fit in confirm([c for c in ranked if c.shape == shape], gpu, budget.budget_bytes, max_risk, 1):
+            plan = price_plan(len(others) + 1, fit.estimate, gpu, budget.budget_bytes, max_risk)
+            others.append(replace(plan, reason=compare(plan, plans[0])))
+    return PlanSet(
+        plans=tuple(plans),
+        alternatives=tuple(others),
+        gpu=gpu,
+        budget=budget,
+        max_risk=max_risk,
+        considered=grid.size(),
+        seconds=time.perf_counter() - started,
+        target_parameters=target_parameters,
+        token_budget=token_budget or 20 * int(plans[0].shape.parameters),
+    )
+
+
+def price_plan(
+    number: int, full: Estimate, gpu: Gpu | None, budget_bytes: int, max_risk: float, reason: str = ""
+) -> Plan:
+    """Put speed and risk beside an estimate."""
+    rate = float(tokens_per_second(full.shape, full.step, gpu)) if gpu is not None else None
+    return Plan(
+        rank=number,
+        shape=full.shape,
+        step=full.step,
+        estimate=full,
+        tokens_per_second=rate,
+        mfu=float(mfu(full.shape, rate, gpu, full.step.dtype)) if gpu is not None and rate is not None else None,
+        oom_risk=oom_risk(full.process_bytes, budget_bytes, full.step),
+        needs_bytes=int(needed_bytes(full.process_bytes, full.step, max_risk)),
+        reason=reason,
+    )
+
+
+def _why_best(plan: Plan, fitting: int, considered: int) -> str:
+    goal = "fastest" if plan.tokens_per_second else "fewest FLOPs"
+    return f"{goal} of the {fitting:,} that fit; {considered:,} configurations considered"
+
+
+def differences(step: StepConfig, other: StepConfig) -> list[str]:
+    """Words for each setting in which ``step`` differs from ``other``."""
+    words = []
+    if step.batch_size != other.batch_size:
+        words.append(f"batch {step.batch_size} x {step.grad_accum} instead of {other.batch_size} x {other.grad_accum}")
+    if step.compile != other.compile:
+        words.append("compiled" if step.compile else "eager instead of compiled")
+    if step.loss != other.loss:
+        words.append("chunked loss" if step.loss == "chunked" else "full loss")
+    elif step.loss == "chunked" and step.loss_chunk_tokens != other.loss_chunk_tokens:
+        words.append(f"slices of {step.loss_chunk_tokens} tokens")
+    if step.checkpointing != other.checkpointing:
+        words.append("activation checkpointing" if step.checkpointing == "block" else "no activation checkpointing")
+    if step.optimizer != other.optimizer:
+        words.append({"adamw8bit": "8-bit AdamW states"}.get(step.optimizer, step.optimizer))
+    if step.dtype != other.dtype:
+        words.append(step.dtype)
+    return words
+
+
+def compare(plan: Plan, best: Plan) -> str:
+    """One line: how ``plan`` differs from ``best``, what it costs and what it saves."""
+    words = differences(plan.step, best.step)
+    if plan.shape != best.shape:
+        name = published_name(plan.shape)
+        words.insert(0, f"{plan.shape.label}{f' ({name})' if name else ''}, {count(plan.shape.parameters)}")
+    verdict = []
+    if plan.tokens_per_second and best.tokens_per_second:
+        change = plan.tokens_per_second / best.tokens_per_second - 1
+        verdict.append(f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}")
+    saved = best.estimate.process_bytes - plan.estimate.process_bytes
+    verdict.append(f"{gib(abs(saved))} {'less' if saved >= 0 else 'more'} memory")
+    return f"{', '.join(verdict)}: {'; '.join(words) or 'the same settings'}"
+
+
+def _nothing_fits(grid: Grid, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> str:
+    shape = grid.shapes[0]
+    smallest = _least_memory(rank(replace(grid, shapes=(shape,)), gpu, None, max_risk), gpu, max_risk)
+    need, step = smallest
+    lines = [
+        f"No configuration of {shape.label} ({count(shape.parameters)} parameters) fits {gib(budget_bytes)}.",
+        f"The smallest needs at least {gib(need)} free: batch_size={step.batch_size} x grad_accum={step.grad_accum}, "
+        f"{step.dtype}, {'compiled' if step.compile else 'eager'}, {step.loss} loss, checkpointing={step.checkpointing}, "
+        f"{step.optimizer}.",
+    ]
+    for published in sorted(PUBLISHED, key=lambda p: -p.n_layer * p.n_embd**2):
+        other = replace(shape, n_layer=published.n_layer, n_head=published.n_head, n_embd=published.n_embd)
+        if other.parameters < shape.parameters:
+            candidates = rank(replace(grid, shapes=(other,)), gpu, budget_bytes, max_risk)
+            if confirm(candidates, gpu, budget_bytes, max_risk, 1):
+                size = f"{other.label} ({published.name}, {count(other.parameters)} parameters)"
+                lines.append(f"The largest published shape that fits is {size}.")
+                break
+    return "\n".join(lines)
+
+
+def _least_memory(ranked: list[Candidate], gpu: Gpu | None, max_risk: float) -> tuple[int, StepConfig]:
+    few = sorted(ranked, key=lambda c: c.allocated_bytes)[:20]
+    priced = [(needed_bytes(estimate(c.shape, c.step, gpu).process_bytes, c.step, max_risk), c.step) for c in few]
+    need, step = min(priced, key=lambda p: p[0])
+    return int(need), step
+
+
+# -------------------------------------------------------------------- reading a plan back
+
+
+def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig]]]:
+    """Read a file that ``plan -o`` wrote: its contents, and (shape, step) of each plan.
+
+    Raises ConfigError when it is missing or not such a file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        configs = [
+            (Shape(**{n: p["config"][n] for n in SHAPE_FIELDS}), StepConfig(**{n: p["config"][n] for n in STEP_FIELDS}))
+            for p in data["plans"]
+        ]
+    except FileNotFoundError:
+        raise ConfigError(
+            Problem("plan", str(path), "does not exist", "write one with `vramplan plan ... -o FILE`")
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"is not a plan file ({type(error).__name__}: {error})"
+        raise ConfigError(Problem("plan", str(path), rule, "write one with `vramplan plan ... -o FILE`")) from None
+    if not configs:
+        raise ConfigError(Problem("plan", str(path), "holds no plans"))
+    return data, configs
+
+
+def plan_gpu(name: str | None) -> Gpu | None:
+    """The catalogue entry a plan file or run configuration names, if any."""
+    return find_gpu(name) if name else None
+
+
+def total_tokens_per_step(plans: Iterable[Plan]) -> int:
+    """Tokens per step of the first plan."""
+    first = next(iter(plans))
+    return int(tokens_per_step(first.shape, first.step))

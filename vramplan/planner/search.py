@@ -1,0 +1,193 @@
+"""Enumerate every combination of the documented grid, price all of them at once, and rank those that fit.
+
+The grid: each given shape x every split of the tokens per step into batch_size and grad_accum x dtype x compile x
+loss (full, or chunked with several slice sizes) x activation checkpointing x optimizer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, Problem
+from .gpu import Gpu
+from .memory import Estimate, context_bytes, estimate, peak_allocated
+from .risk import needed_bytes
+from .shape import Shape
+from .speed import tokens_per_second
+from .step import Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
+
+LOSS_CHUNKS = (512, 1024, 2048, 4096)
+"""Tokens per slice that the search tries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What may vary. Every field is a list of choices; one choice pins it."""
+
+    shapes: tuple[Shape, ...]
+    tokens_per_step: int
+    dtypes: tuple[DType, ...]
+    compiles: tuple[bool, ...]
+    losses: tuple[Loss, ...] = ("full", "chunked")
+    loss_chunks: tuple[int, ...] = LOSS_CHUNKS
+    checkpointings: tuple[Checkpointing, ...] = ("none", "block")
+    optimizers: tuple[Optimizer, ...] = ("adamw-fused", "adamw8bit")
+    batch_sizes: tuple[int, ...] | None = None
+    device: DeviceKind = "cuda"
+    workload: Workload = "vramplan"
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Every batch_size that divides the sequences of one step. Raises ConfigError when none can be exact."""
+        block = self.shapes[0].block_size
+        check_tokens_per_step(self.tokens_per_step, block)
+        sequences = self.tokens_per_step // block
+        every = tuple(b for b in range(1, sequences + 1) if sequences % b == 0)
+        if self.batch_sizes is None:
+            return every
+        wrong = [b for b in self.batch_sizes if b not in every]
+        if wrong:
+            rule = f"does not divide the {sequences} sequences of a step"
+            near = sorted(every, key=lambda b: abs(b - wrong[0]))[:4]
+            raise ConfigError(Problem("batch_size", wrong[0], rule, f"use {', '.join(map(str, sorted(near)))}"))
+        return self.batch_sizes
+
+    def modes(self) -> Iterator[StepConfig]:
+        """Every combination of the discrete settings."""
+        for dtype, compiled, loss, checkpointing, optimizer in itertools.product(
+            self.dtypes, self.compiles, self.losses, self.checkpointings, self.optimizers
+        ):
+            yield StepConfig(
+                dtype=dtype, compile=compiled, loss=loss, checkpointing=checkpointing, optimizer=optimizer,
+                device=self.device, workload=self.workload,
+            )  # fmt: skip
+
+    def size(self) -> int:
+        """Number of configurations considered."""
+        chunks = sum(len(self.loss_chunks) if loss == "chunked" else 1 for loss in self.losses)
+        others = len(self.dtypes) * len(self.compiles) * len(self.checkpointings) * len(self.optimizers)
+        return len(self.shapes) * len(self.batches) * chunks * others
+
+
+def check_tokens_per_step(tokens: int, block_size: int) -> None:
+    """Raise ConfigError, listing the nearest totals, unless whole sequences add up to exactly ``tokens``."""
+    if tokens < 1 or tokens % block_size:
+        below, above = tokens // block_size * block_size, (tokens // block_size + 1) * block_size
+        near = [str(n) for n in (below, above) if n > 0]
+        rule = f"is not a multiple of block_size={block_size}"
+        raise ConfigError(Problem("tokens_per_step", tokens, rule, f"nearest totals: {' or '.join(near)}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One priced configuration. ``tokens_per_second`` is None on a CPU; ``cost`` is what the ranking minimises."""
+
+    shape: Shape
+    step: StepConfig
+    allocated_bytes: int
+    tokens_per_second: float | None
+    order: tuple[float, ...]
+
+
+def quality_price(step: StepConfig, gpu: Gpu | None) -> int:
+    """How much a setting costs in numerics: 0 none, 1 float16 where bfloat16 exists, 2 8-bit optimizer states."""
+    if step.optimizer == "adamw8bit":
+        return 2
+    return 1 if step.dtype == "float16" and gpu is not None and gpu.supports_bf16 else 0
+
+
+def price(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, dict[str, Any]]]:
+    """For each discrete mode, arrays over (shape, batch, slice) of allocated bytes and tokens/s, flattened."""
+    batches = np.array(grid.batches, dtype=np.int64)
+    sequences = grid.tokens_per_step // grid.shapes[0].block_size
+    for mode in grid.modes():
+        chunks = np.array(grid.loss_chunks if mode.loss == "chunked" else (mode.loss_chunk_tokens,), dtype=np.int64)
+        for part in (batches[batches < sequences], batches[batches == sequences]):
+            if not len(part):
+                continue
+            index, batch, chunk = (
+                a.ravel() for a in np.meshgrid(np.arange(len(grid.shapes)), part, chunks, indexing="ij")
+            )
+            shape = _stack(grid.shapes, index)
+            step = replace(mode, batch_size=batch, grad_accum=sequences // batch, loss_chunk_tokens=chunk)
+            allocated = np.broadcast_to(peak_allocated(shape, step, gpu), batch.shape)
+            speed = tokens_per_second(shape, step, gpu) if gpu is not None else None
+            yield step, {"shape": index, "allocated": allocated, "tokens_per_second": speed}
+
+
+def _stack(shapes: tuple[Shape, ...], index: Any) -> Shape:
+    def column(name: str) -> Any:
+        return np.array([getattr(s, name) for s in shapes], dtype=np.int64)[index]
+
+    return replace(
+        shapes[0], n_layer=column("n_layer"), n_head=column("n_head"), n_embd=column("n_embd"),
+    )  # fmt: skip
+
+
+def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float) -> list[Candidate]:
+    """All candidates whose allocated bytes leave the risk within ``max_risk``, best first (all when no budget).
+
+    Order: quality price, then tokens/s (on a CPU: recomputed FLOPs, then fewer micro-steps), then less memory.
+    """
+    context = context_bytes(gpu, grid.device)
+    found: list[Candidate] = []
+    for step, arrays in price(grid, gpu):
+        allocated, speed = arrays["allocated"], arrays["tokens_per_second"]
+        keep = np.full(allocated.shape, True)
+        if budget_bytes is not None:
+            keep = needed_bytes(allocated + context, step, max_risk) <= budget_bytes
+        quality = quality_price(step, gpu)
+        for i in np.flatnonzero(keep):
+            one = replace(
+                step,
+                batch_size=int(step.batch_size[i]),
+                grad_accum=int(step.grad_accum[i]),
+                loss_chunk_tokens=int(step.loss_chunk_tokens[i]),
+            )
+            shape = grid.shapes[arrays["shape"][i]]
+            rate = float(speed[i]) if speed is not None else None
+            slow = -rate if rate is not None else float(_cpu_flops(shape, one))
+            order = (quality, slow, 0 if rate is not None else one.grad_accum, float(allocated[i]))
+            found.append(Candidate(shape, one, int(allocated[i]), rate, order))
+    return sorted(found, key=lambda c: c.order)
+
+
+def _cpu_flops(shape: Shape, step: StepConfig) -> Any:
+    """FLOPs per token: six per matmul parameter, attention, and the blocks once more under checkpointing."""
+    flops = 6 * shape.matmul_parameters + 12 * shape.n_layer * shape.n_embd * shape.block_size
+    if step.checkpointing == "block":
+        flops += 2 * 12 * shape.n_layer * shape.n_embd**2 + 4 * shape.n_layer * shape.n_embd * shape.block_size
+    return flops
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A candidate with its full estimate, replayed through the allocator."""
+
+    candidate: Candidate
+    estimate: Estimate
+
+
+def confirm(ranked: list[Candidate], gpu: Gpu | None, budget_bytes: int, max_risk: float, top: int) -> list[Fit]:
+    """Walk down the ranking and keep the first ``top`` that still fit with what the allocator reserves on top.
+
+    Candidates that differ from a kept one only in the slice size of the loss are passed over.
+    """
+    kept: list[Fit] = []
+    seen: set[tuple[Any, ...]] = set()
+    for candidate in ranked:
+        key = (candidate.shape.label, replace(candidate.step, loss_chunk_tokens=1))
+        if key in seen:
+            continue
+        full = estimate(candidate.shape, candidate.step, gpu)
+        if needed_bytes(full.process_bytes, candidate.step, max_risk) <= budget_bytes:
+            seen.add(key)
+            kept.append(Fit(candidate, full))
+            if len(kept) == top:
+                break
+    return kept
