@@ -6,6 +6,7 @@ Sections: ``[model]`` the shape, ``[step]`` what decides memory, ``[train]`` the
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -97,6 +98,7 @@ class PlanSection(_Section):
     peak_allocated_bytes: int | None = None
     tokens_per_second: float | None = None
     oom_risk: float | None = None
+    max_risk: float | None = None
     target_parameters: int | None = None
     version: str | None = None
 
@@ -223,3 +225,30 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
             return []
         fields = annotation.model_fields
     return list(fields)
+
+
+LEARNING_RATES = ((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4), (2.7e9, 1.6e-4), (6.7e9, 1.2e-4))
+"""Peak learning rate by parameters (GPT-3, Brown et al. 2020, table 2.1)."""
+
+
+def suggested_training(
+    parameters: int, tokens_per_step: int, token_budget: int, max_steps: int | None
+) -> dict[str, Any]:
+    """Values for ``[train]`` that follow from size and length: learning rate, warm-up, intervals, the end of the run.
+
+    The learning rate is that of the GPT-3 model nearest in size; it decays to a tenth. Warm-up is 2 % of the steps, at
+    most 700.
+    """
+    peak = min(LEARNING_RATES, key=lambda row: abs(math.log(row[0] / parameters)))[1]
+    steps = max_steps or -(-token_budget // tokens_per_step)
+    ends = {"max_steps": max_steps} if max_steps else {"token_budget": token_budget}
+    interval = max(1, min(250, steps // 4))
+    return {
+        "learning_rate": peak,
+        "min_learning_rate": peak / 10,
+        "warmup_steps": min(700, max(1, steps // 50)),
+        "eval_interval": interval,
+        "checkpoint_interval": interval,
+        "log_interval": max(1, min(10, steps // 20)),
+        **ends,
+    }

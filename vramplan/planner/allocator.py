@@ -1,8 +1,8 @@
 """Replay of a step's allocations through the CUDA caching allocator: what it reserves, beyond what is allocated.
 
-The rules are those of torch's c10/cuda/CUDACachingAllocator.cpp with default settings: sizes round up to 512 B; requests
-up to 1 MiB come from 2 MiB segments; up to 10 MiB from 20 MiB segments; larger ones from segments of their own, rounded
-up to 2 MiB. The best fitting free block is taken; it is split when enough is left; freed neighbours merge.
+The rules are those of torch's c10/cuda/CUDACachingAllocator.cpp with default settings: sizes round up to 512 B;
+requests up to 1 MiB come from 2 MiB segments; up to 10 MiB from 20 MiB segments; larger ones from segments of their
+own, rounded up to 2 MiB. The best fitting free block is taken; it is split when enough is left; freed neighbours merge.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The tensor table of one compiled training step (torch.compile, inductor).
 
 What the forward keeps was read from the joint graph after torch 2.13's min-cut partition, for one and two layers:
-with a half-precision residual stream 32 h per token and layer (64 h in float32, 36 h under autocast), the half copies of
-the matrices, and the logits once. GELU's input and output are both kept. Different from eager:
+with a half-precision residual stream 32 h per token and layer (64 h in float32, 36 h under autocast), the half copies
+of the matrices, and the logits once. GELU's input and output are both kept. Different from eager:
 
 * normalisation, casts and GELU's backward are fused: no float32 copies of norm outputs, no second 4 h gradient;
 * the loss keeps only the logits; in the backward the gradient of the logits is a buffer of its own beside them;

@@ -10,7 +10,7 @@ from .memory import estimate
 from .risk import needed_bytes
 from .shape import Shape
 from .speed import tokens_per_second
-from .step import StepConfig, check_step
+from .step import DType, StepConfig, check_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
     if step.checkpointing == "none":
         yield "activation checkpointing", shape, replace(step, checkpointing="block"), False
     if step.dtype == "float32" and step.device == "cuda":
-        half_dtype = "bfloat16" if gpu is None or gpu.supports_bf16 else "float16"
+        half_dtype: DType = "bfloat16" if gpu is None or gpu.supports_bf16 else "float16"
         yield half_dtype, shape, replace(step, dtype=half_dtype), True
     elif step.dtype == "bfloat16" and step.device == "cuda":
         yield "float16 (the same two bytes)", shape, replace(step, dtype="float16"), True

@@ -29,7 +29,7 @@ CONTEXT_BYTES = {(7, 5): 141 * MIB, (8, 0): 420 * MIB, (9, 0): 520 * MIB, (10, 0
 The figures of A100, H100 and B200 are upper estimates that no measurement here backs."""
 
 CPU_PROCESS_BYTES = 300 * MIB
-"""Resident memory of Python with torch, pyarrow and tiktoken loaded: 258 MiB measured (torch 2.13, Linux), plus threads."""
+"""Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
 
 
 def workspace_bytes(gpu: Gpu | None) -> int:
@@ -105,7 +105,7 @@ class Estimate:
     @cached_property
     def breakdown(self) -> dict[str, int]:
         """Bytes per category at the peak; with ``fragmentation`` and ``context`` it adds up to ``process_bytes``."""
-        parts: dict[str, int] = {category: 0 for category in CATEGORIES}
+        parts: dict[str, int] = dict.fromkeys((str(c) for c in CATEGORIES), 0)
         for row in self.alive_at_peak:
             parts[row.category] += row.n_bytes
         parts["fragmentation"] = self.peak_reserved_bytes - self.peak_allocated_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
 from .risk import OomRisk, needed_bytes, oom_risk
 from .search import Candidate, Grid, confirm, rank
-from .shape import PUBLISHED, Shape, published_name
+from .shape import PUBLISHED, Shape, awkward, legal_neighbours, published_name
 from .speed import mfu, seconds_to_tokens, tokens_per_second
-from .step import StepConfig, tokens_per_step
+from .step import StepConfig
 
 SCHEMA = 1
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias", "tied")
@@ -204,8 +204,8 @@ def _nothing_fits(grid: Grid, gpu: Gpu | None, budget_bytes: int, max_risk: floa
     lines = [
         f"No configuration of {shape.label} ({count(shape.parameters)} parameters) fits {gib(budget_bytes)}.",
         f"The smallest needs at least {gib(need)} free: batch_size={step.batch_size} x grad_accum={step.grad_accum}, "
-        f"{step.dtype}, {'compiled' if step.compile else 'eager'}, {step.loss} loss, checkpointing={step.checkpointing}, "
-        f"{step.optimizer}.",
+        f"{step.dtype}, {'compiled' if step.compile else 'eager'}, {step.loss} loss, "
+        f"checkpointing={step.checkpointing}, {step.optimizer}.",
     ]
     for published in sorted(PUBLISHED, key=lambda p: -p.n_layer * p.n_embd**2):
         other = replace(shape, n_layer=published.n_layer, n_head=published.n_head, n_embd=published.n_embd)
@@ -235,10 +235,7 @@ def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        configs = [
-            (Shape(**{n: p["config"][n] for n in SHAPE_FIELDS}), StepConfig(**{n: p["config"][n] for n in STEP_FIELDS}))
-            for p in data["plans"]
-        ]
+        configs = [restore(entry) for entry in data["plans"]]
     except FileNotFoundError:
         raise ConfigError(
             Problem("plan", str(path), "does not exist", "write one with `vramplan plan ... -o FILE`")
@@ -251,12 +248,32 @@ def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig
     return data, configs
 
 
+def restore(entry: dict[str, Any]) -> tuple[Shape, StepConfig]:
+    """Shape and step of one entry of ``plans``."""
+    config = entry["config"]
+    return Shape(**{n: config[n] for n in SHAPE_FIELDS}), StepConfig(**{n: config[n] for n in STEP_FIELDS})
+
+
 def plan_gpu(name: str | None) -> Gpu | None:
     """The catalogue entry a plan file or run configuration names, if any."""
     return find_gpu(name) if name else None
 
 
-def total_tokens_per_step(plans: Iterable[Plan]) -> int:
-    """Tokens per step of the first plan."""
-    first = next(iter(plans))
-    return int(tokens_per_step(first.shape, first.step))
+def price_illegal(
+    asked: Shape, grid_for: Callable[[Shape], Grid], gpu: Gpu | None, budget: Budget, max_risk: float
+) -> Problem:
+    """The error for a width that its heads do not divide, each legal neighbour with size, memory and speed."""
+    lines = []
+    for shape in legal_neighbours(asked):
+        fits = confirm(rank(grid_for(shape), gpu, budget.budget_bytes, max_risk), gpu, budget.budget_bytes, max_risk, 1)
+        text = f"n_embd={shape.n_embd} n_head={shape.n_head}: head_dim {shape.head_dim}{awkward(shape.head_dim)}, "
+        text += f"{shape.parameters / 1e6:.1f}M parameters, "
+        if fits:
+            plan = price_plan(1, fits[0].estimate, gpu, budget.budget_bytes, max_risk)
+            text += f"{gib(plan.estimate.process_bytes)} at batch_size={plan.step.batch_size}"
+            text += f", {count(plan.tokens_per_second)} tokens/s" if plan.tokens_per_second else ""
+        else:
+            text += "does not fit this budget"
+        lines.append(f"\n      {text}")
+    rule = f"is not divisible by n_head={asked.n_head}"
+    return Problem("n_embd", asked.n_embd, rule, "use" + "".join(lines))

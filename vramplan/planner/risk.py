@@ -14,8 +14,9 @@ from .shape import Ints
 from .step import StepConfig
 
 ASSUMED_ERROR = {"eager": 0.010, "compiled": 0.025}
-"""Standard deviation of measured over estimated process memory. Eager: twice the largest error against the recorded real
-peaks (tests/data/measured), allowing for the allocator; compiled: inductor's temporaries are modelled, not measured."""
+"""Standard deviation of measured over estimated process memory. Allocated bytes met recorded
+real peaks far closer; the rest allows for the allocator and, when compiled, for inductor's temporaries, which are
+modelled and not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,13 +146,14 @@ def check_shape(shape: Shape) -> list[Problem]:
 def describe_alternatives(shape: Shape) -> list[str]:
     """Words for each legal neighbour of an indivisible shape, good ones first."""
     return [
-        f"n_embd={s.n_embd} with n_head={s.n_head} (head_dim {s.head_dim}{_awkward(s.head_dim)}, "
+        f"n_embd={s.n_embd} with n_head={s.n_head} (head_dim {s.head_dim}{awkward(s.head_dim)}, "
         f"{s.parameters / 1e6:.1f}M parameters)"
         for s in legal_neighbours(shape)
     ]
 
 
-def _awkward(head_dim: int) -> str:
+def awkward(head_dim: int) -> str:
+    """Words for a head width that fused attention has to pad; empty for good ones."""
     if head_dim % 8:
         return ", not a multiple of 8: attention pads it"
     return ""

@@ -1,7 +1,7 @@
 """The tensor table's row format and its evaluator.
 
 A :class:`Tape` lists the tensors of one training step in the order in which they are allocated and freed. A block's
-rows are written once, inside :meth:`Tape.repeat`; sizes are integers or numpy arrays. The same tape is read in two ways:
+rows are written once, inside :meth:`Tape.repeat`; sizes are integers or numpy arrays. One tape is read in two ways:
 
 * :func:`peak` is the closed form: it folds every repetition (whose net effect is the same each time) and so evaluates
   any number of candidates and layers at once;
@@ -29,7 +29,7 @@ CATEGORIES: tuple[Category, ...] = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One tensor of the step: ``size`` is what the allocator hands out for it, in bytes, ``times`` for that many equals."""
+    """One tensor of the step: ``size`` in bytes as the allocator hands it out, ``times`` for that many equals."""
 
     index: int
     name: str

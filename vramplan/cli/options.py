@@ -1,0 +1,193 @@
+"""Options that several commands share, and what they resolve to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import rich_click as click
+
+from ..device import compile_support, cpu_has_bf16, host_memory, live_gpu
+from ..errors import ConfigError, Problem
+from ..planner.gpu import Budget, Gpu, budget, find_gpu
+from ..planner.memory import context_bytes
+from ..planner.shape import PADDED_GPT2_VOCAB, Shape, candidates_near, check_shape
+from ..planner.step import DeviceKind, DType
+from ..units import gib, parse_bytes, parse_count
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):
+    """A number of bytes with its unit: 8.9GiB, 12GB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse; a ConfigError names the option."""
+        return value if isinstance(value, int) else parse_bytes(str(value), _option(param))
+
+
+class Count(click.ParamType):
+    """A count: 125M, 1.5B, 524288."""
+
+    name = "COUNT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse; a ConfigError names the option."""
+        return value if isinstance(value, int) else parse_count(str(value), _option(param))
+
+
+class Share(click.ParamType):
+    """A probability or fraction: 1%, 0.01."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse; must lie strictly between 0 and 1."""
+        text = str(value).strip()
+        try:
+            share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            raise ConfigError(Problem(_option(param), text, "must lie between 0 and 1", "write 1% or 0.01"))
+        return share
+
+
+def _option(param: click.Parameter | None) -> str:
+    return f"--{param.name.replace('_', '-')}" if param and param.name else "option"
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Apply several option decorators, first one shown first."""
+
+    def wrap(command: F) -> F:
+        for decorate in reversed(decorators):
+            command = decorate(command)
+        return command
+
+    return wrap
+
+
+def card_options(default: str | None) -> Callable[[F], F]:
+    """--gpu, --vram, --reserve, --headless, --max-risk."""
+    return options(
+        click.option("--gpu", default=default, show_default=True, metavar="NAME|auto|cpu", help="Card to plan for."),
+        click.option("--vram", type=Size(), help="Memory to plan for instead of the card's (8.9GiB, 12GB)."),
+        click.option("--reserve", type=Size(), help="Kept back for the desktop. [default: 0.75GiB for a named card]"),
+        click.option("--headless", is_flag=True, help="The card drives no screen: nothing is kept back."),
+        click.option("--max-risk", type=Share(), default="1%", show_default=True, help="Largest accepted OOM risk."),
+    )
+
+
+shape_options = options(
+    click.option("--n-layer", type=int, help="Number of blocks."),
+    click.option("--n-head", type=int, help="Number of attention heads."),
+    click.option("--n-embd", type=int, help="Width of the residual stream."),
+    click.option("--vocab-size", type=int, default=PADDED_GPT2_VOCAB, show_default=True),
+    click.option("--block-size", type=int, default=1024, show_default=True, help="Tokens per sequence."),
+    click.option("--bias/--no-bias", default=False, show_default=True, help="Biases in linear layers and LayerNorms."),
+    click.option("--tied/--untied", default=True, show_default=True, help="Share token embedding and output head."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the run is to happen."""
+
+    gpu: Gpu | None
+    device: DeviceKind
+    budget: Budget
+    notes: tuple[str, ...]
+    can_compile: bool
+    dtypes: tuple[DType, ...]
+
+
+def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headless: bool) -> Target:
+    """Find the card and its budget. Raises ConfigError when there is neither a card nor a size."""
+    for name, value in (("--vram", vram),):
+        if value is not None and value <= 0:
+            raise ConfigError(Problem(name, value, "must be positive"))
+    if gpu == "cpu":
+        return _cpu_target(vram, reserve)
+    if gpu == "auto":
+        return _live_target(vram, reserve, headless)
+    card = find_gpu(gpu) if gpu else None
+    found = budget(card, vram_bytes=vram, reserve_bytes=reserve, headless=headless)
+    can_compile, why = compile_support(card.capability if card else None)
+    notes = (*found.assumptions, why)
+    return Target(card, "cuda", found, notes, can_compile, _half_dtypes(card))
+
+
+def _half_dtypes(card: Gpu | None) -> tuple[DType, ...]:
+    return ("bfloat16", "float16", "float32") if card is None or card.supports_bf16 else ("float16", "float32")
+
+
+def _cpu_target(vram: int | None, reserve: int | None) -> Target:
+    host = host_memory()
+    available = vram if vram is not None else host.available_bytes
+    found = Budget(total_bytes=available, reserve_bytes=reserve or 0)
+    if found.budget_bytes <= context_bytes(None, "cpu"):
+        rule = f"leaves nothing beside Python with torch ({gib(context_bytes(None, 'cpu'))})"
+        raise ConfigError(Problem("--vram", gib(available), rule, "give more, or reserve less"))
+    notes = [] if vram is not None else [f"{gib(available)} of host memory is available now."]
+    dtypes: tuple[DType, ...] = ("float32",)
+    if cpu_has_bf16():
+        dtypes = ("bfloat16", "float32")
+    else:
+        notes.append("This CPU has no half-precision matrix units: float32.")
+    notes.append("Compile is left out on a CPU: inductor's CPU buffers are not modelled.")
+    return Target(None, "cpu", found, tuple(notes), False, dtypes)
+
+
+def _live_target(vram: int | None, reserve: int | None, headless: bool) -> Target:
+    live = live_gpu()
+    if live is None:
+        remedy = "name one with --gpu 4070, or plan for this machine's memory with --gpu cpu"
+        raise ConfigError(Problem("--gpu", "auto", "finds no NVIDIA card", remedy))
+    card = find_gpu(live.name, total_bytes=live.total_bytes)
+    found = budget(card, vram_bytes=vram, reserve_bytes=reserve, free_bytes=live.free_bytes, headless=headless)
+    can_compile, why = compile_support(live.capability or card.capability, here=True)
+    held = [f"{p.name} (pid {p.pid}){f' holds {gib(p.used_bytes)}' if p.used_bytes else ''}" for p in live.processes]
+    who = f"The rest of {gib(live.total_bytes)} is held by the driver{' and ' + ', '.join(held) if held else ''}."
+    return Target(card, "cuda", found, (f"{live.name}.", *found.assumptions, who, why), can_compile, _half_dtypes(card))
+
+
+def resolve_shapes(
+    params: int | None, tolerance: float, n_layer: int | None, n_head: int | None, n_embd: int | None, like: Shape
+) -> tuple[Shape, ...]:
+    """The settled shape first, then the others worth showing. Raises ConfigError when the request is not clear."""
+    given = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    stated = {name: value for name, value in given.items() if value is not None}
+    if params is None and not stated:
+        raise ConfigError(
+            Problem("--params", "missing", "is required", "give --params 125M, or --n-layer, --n-head, --n-embd")
+        )
+    if params is None or len(stated) == 3:
+        shape = _complete(like, stated)
+        problems = check_shape(shape)
+        if problems:
+            raise ConfigError(problems)
+        return (shape,)
+    near = [s for s in candidates_near(params, tolerance, like) if all(getattr(s, k) == v for k, v in stated.items())]
+    if not near:
+        wider = candidates_near(params, 0.5, like)
+        closest = sorted(wider, key=lambda s: abs(s.parameters - params))[:3]
+        remedy = (
+            "nearest: " + "; ".join(f"{s.label} with {s.parameters / 1e6:.1f}M" for s in closest) if closest else ""
+        )
+        rule = f"has no legal shape within {tolerance:.0%}" + (f" and {stated}" if stated else "")
+        raise ConfigError(Problem("--params", params, rule, remedy))
+    return tuple(near[:24])
+
+
+def _complete(like: Shape, stated: dict[str, int]) -> Shape:
+    """Fill in what was not stated: 12 layers, heads 64 wide."""
+    n_embd = stated.get("n_embd", 64 * stated.get("n_head", 12))
+    n_head = stated.get("n_head", max(1, n_embd // 64))
+    return Shape(
+        n_layer=stated.get("n_layer", 12), n_head=n_head, n_embd=n_embd, vocab_size=like.vocab_size,
+        block_size=like.block_size, bias=like.bias, tied=like.tied,
+    )  # fmt: skip

@@ -1,0 +1,315 @@
+"""``plan``, ``apply``, ``estimate`` and ``gpus``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import rich_click as click
+
+from ..errors import ConfigError, Problem
+from ..planner.gpu import find_gpu, load_gpus
+from ..planner.memory import estimate as estimate_memory
+from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans
+from ..planner.search import LOSS_CHUNKS, Grid
+from ..planner.shape import Shape, check_shape
+from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
+from .options import Count, Share, Target, card_options, options, resolve_shapes, resolve_target, shape_options
+
+
+def _choice(name: str, extra: tuple[str, ...] = ()) -> click.Choice[str]:
+    return click.Choice([*extra, *CHOICES[name]])
+
+
+search_options = options(
+    click.option("--params", type=Count(), help="Target size, such as 125M; the nearest usual shape is taken."),
+    click.option("--tolerance", type=Share(), default="5%", show_default=True, help="How far from --params."),
+    click.option(
+        "--shape", "shape_rule", type=click.Choice(["nearest", "fastest"]), default="nearest", show_default=True,
+        help="Settle the shape by closeness to --params, or let speed decide.",
+    ),
+    click.option("--tokens-per-step", type=Count(), default="524288", show_default=True, help="Kept exactly."),
+    click.option("--batch-size", type=int, help="Pin the micro-batch."),
+    click.option("--dtype", type=_choice("dtype", ("auto",)), default="auto", show_default=True),
+    click.option(
+        "--compile", "compile_", type=click.Choice(["auto", "on", "off"]), is_flag=False, flag_value="on",
+        default="auto", show_default=True, help="torch.compile.",
+    ),
+    click.option("--no-compile", is_flag=True, help="The same as --compile off."),
+    click.option("--loss", type=_choice("loss", ("auto",)), default="auto", show_default=True),
+    click.option("--checkpointing", type=_choice("checkpointing", ("auto",)), default="auto", show_default=True),
+    click.option("--optimizer", type=_choice("optimizer", ("auto",)), default="auto", show_default=True),
+    click.option("--workload", type=_choice("workload"), default="vramplan", show_default=True, help="Whose script."),
+    click.option("--token-budget", type=Count(), help="Tokens to train on. [default: 20 per parameter]"),
+    click.option("--top", type=click.IntRange(1, 50), default=5, show_default=True, help="Plans to show."),
+)  # fmt: skip
+
+
+@click.command()
+@card_options(default="auto")
+@search_options
+@shape_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the plans to FILE (JSON).")
+@click.option("--train", "start", is_flag=True, help="Start the trainer on the best plan.")
+@click.option("--data", metavar="FILE|DIR|GLOB", help="With --train: the Parquet files.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --train: the run directory.")
+@click.option("--max-steps", type=int, help="With --train: stop after so many optimizer steps.")
+def plan(
+    as_json: bool,
+    output: Path | None,
+    start: bool,
+    data: str | None,
+    out: Path | None,
+    max_steps: int | None,
+    **search: Any,
+) -> None:
+    """Search what fits a card, and rank it by expected tokens/s.
+
+    \b
+    vramplan plan --gpu 4070 --params 125M
+    vramplan plan --gpu auto --params 350M --tokens-per-step 262144 -o plan.json
+    vramplan plan --gpu auto --params 125M --train --data fineweb.parquet --out runs/first
+    """
+    if start and (data is None or out is None):
+        missing = "--data" if data is None else "--out"
+        raise ConfigError(Problem(missing, "missing", "is required with --train"))
+    target = resolve_target(search["gpu"], search["vram"], search["reserve"], search["headless"])
+    plans = search_plans(target, search)
+    if output is not None:
+        write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n")
+    if as_json:
+        click.echo(json.dumps(plans.as_dict()))
+    else:
+        from ..report.plans import print_plans
+
+        print_plans(plans, target.notes, saved_as=output)
+    if start and data is not None and out is not None:
+        from .training import start_training
+
+        config = config_of(plans.plans[0], plans, max_steps)
+        start_training(config, data, out, resume=False, replan=False, quiet=as_json)
+
+
+def search_plans(target: Target, search: dict[str, Any]) -> PlanSet:
+    """Build the grid that the options describe and search it."""
+    like = Shape(
+        n_layer=1, n_head=1, n_embd=64, vocab_size=search["vocab_size"], block_size=search["block_size"],
+        bias=search["bias"], tied=search["tied"],
+    )  # fmt: skip
+    problems = check_shape(like)
+    if problems:
+        raise ConfigError(problems)
+    dims = {name: search[name] for name in ("n_layer", "n_head", "n_embd")}
+    if dims["n_embd"] and dims["n_head"] and dims["n_embd"] > 0 < dims["n_head"] and dims["n_embd"] % dims["n_head"]:
+        raise ConfigError(_illegal_shape(target, search, like))
+    shapes = resolve_shapes(search["params"], search["tolerance"], **dims, like=like)
+    return make_plan(
+        _grid(target, search, shapes), target.gpu, target.budget, max_risk=search["max_risk"], top=search["top"],
+        fastest_shape=search["shape_rule"] == "fastest", target_parameters=search["params"],
+        token_budget=search["token_budget"],
+    )  # fmt: skip
+
+
+def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> Grid:
+    ours = search["workload"] == "vramplan"
+    compiled = "off" if search["no_compile"] else search["compile_"]
+    optimizers: tuple[Optimizer, ...] = ("adamw-fused", "adamw8bit") if ours else ("adamw-fused",)
+    grid = Grid(
+        shapes=shapes,
+        tokens_per_step=search["tokens_per_step"],
+        dtypes=target.dtypes if search["dtype"] == "auto" else (search["dtype"],),
+        compiles={"on": (True,), "off": (False,), "auto": (True, False) if target.can_compile else (False,)}[compiled],
+        losses=_pinned(search["loss"], ("full", "chunked") if ours else ("full",)),
+        checkpointings=_pinned(search["checkpointing"], get_args(Checkpointing) if ours else ("none",)),
+        optimizers=_pinned(search["optimizer"], optimizers),
+        batch_sizes=None if search["batch_size"] is None else (search["batch_size"],),
+        loss_chunks=LOSS_CHUNKS,
+        device=target.device,
+        workload=search["workload"],
+    )
+    problems = [p for mode in list(grid.modes())[:1] for p in check_step(mode)]
+    if target.device == "cpu" and True in grid.compiles:
+        problems.append(Problem("--compile", "on", "is not modelled on a CPU", "leave it out"))
+    if problems:
+        raise ConfigError(problems)
+    return grid
+
+
+def _pinned(choice: str, every: tuple[Any, ...]) -> tuple[Any, ...]:
+    return every if choice == "auto" else (choice,)
+
+
+def _illegal_shape(target: Target, search: dict[str, Any], like: Shape) -> Problem:
+    asked = Shape(
+        n_layer=search["n_layer"] or 12, n_head=search["n_head"], n_embd=search["n_embd"], vocab_size=like.vocab_size,
+        block_size=like.block_size, bias=like.bias, tied=like.tied,
+    )  # fmt: skip
+    return price_illegal(asked, lambda s: _grid(target, search, (s,)), target.gpu, target.budget, search["max_risk"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary name, so that nothing is left half-written."""
+    try:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(Problem("--output", str(path), f"cannot be written ({error.strerror})")) from None
+
+
+# -------------------------------------------------------------------- apply
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan.")
+@click.option("--format", "form", type=click.Choice(["toml", "nanogpt"]), default="toml", show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write. [default: print]")
+@click.option("--max-steps", type=int, help="Stop after so many optimizer steps instead of the token budget.")
+def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps: int | None) -> None:
+    """Write the chosen plan as a run configuration, or as a config file for nanoGPT.
+
+    nanoGPT has neither our loss nor our checkpointing: for it the same shape is planned again with nanoGPT's own
+    memory, under the same budget.
+    """
+    from ..report.exports import nanogpt_config, run_config
+
+    data, configs = read_plans(plan_file)
+    if rank > len(configs):
+        raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {plan_file}"))
+    shape, step = configs[rank - 1]
+    text = nanogpt_config(data, shape, step) if form == "nanogpt" else run_config(data, rank, max_steps).to_toml()
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_text(output, text)
+        follow = (
+            f"vramplan train {output} --data FILE.parquet --out RUN" if form == "toml" else f"python train.py {output}"
+        )
+        click.echo(f"Wrote {output}. Next: {follow}")
+
+
+def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
+    """The run configuration of one plan."""
+    from ..report.exports import run_config
+
+    return run_config(plans.as_dict(), best.rank, max_steps)
+
+
+# -------------------------------------------------------------------- estimate
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@card_options(default=None)
+@shape_options
+@click.option("--batch-size", type=int)
+@click.option("--grad-accum", type=int, help="[default: 1]")
+@click.option("--dtype", type=_choice("dtype"), help="[default: bfloat16]")
+@click.option("--compile/--no-compile", "compile_", default=None, help="[default: no]")
+@click.option("--loss", type=_choice("loss"), help="[default: chunked; full for the other workloads]")
+@click.option("--loss-chunk-tokens", type=int, help=f"[default: {DEFAULT_LOSS_CHUNK}]")
+@click.option("--checkpointing", type=_choice("checkpointing"), help="[default: none]")
+@click.option("--optimizer", type=_choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
+@click.option("--workload", type=_choice("workload"), help="[default: vramplan]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def estimate(ctx: click.Context, config: Path | None, as_json: bool, max_risk: float, **given: Any) -> None:
+    """Memory of one configuration, from a file or from flags; with --gpu or --vram also fit, risk and speed.
+
+    \b
+    vramplan estimate run.toml --gpu 4070
+    vramplan estimate --n-layer 12 --n-head 12 --n-embd 768 --batch-size 16 --workload nanogpt --compile
+    """
+    device = "cpu" if given["gpu"] == "cpu" else "cuda"
+    shape, step = _configuration(ctx, config, given, device)
+    target = None
+    if given["gpu"] is not None or given["vram"] is not None:
+        target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
+    gpu = target.gpu if target else None
+    full = estimate_memory(shape, step, gpu)
+    priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None
+    if as_json:
+        result: dict[str, Any] = full.as_dict()
+        if target is not None and priced is not None:
+            result |= {
+                "budget_bytes": target.budget.budget_bytes,
+                "fits": priced.oom_risk.probability <= max_risk,
+                "oom_risk": priced.oom_risk.probability,
+                "oom_risk_reason": priced.oom_risk.reason,
+                "needs_bytes": priced.needs_bytes,
+                "tokens_per_second": priced.tokens_per_second,
+                "mfu": priced.mfu,
+            }
+        click.echo(json.dumps(result))
+        return
+    from ..report.plans import print_estimate
+
+    print_estimate(full, priced, target.budget if target else None, target.notes if target else (), max_risk)
+
+
+def _configuration(
+    ctx: click.Context, config: Path | None, given: dict[str, Any], device: str
+) -> tuple[Shape, StepConfig]:
+    """Shape and step from the file, overridden by the flags that were really given; all problems in one error."""
+    shape_values: dict[str, Any] = {n: given[n] for n in Shape.__dataclass_fields__}
+    step_values: dict[str, Any] = {"device": device}
+    if config is not None:
+        from ..runconfig import RunConfig
+
+        loaded = RunConfig.load(config)
+        explicit = {n for n in shape_values if ctx.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE}
+        shape_values = {n: given[n] if n in explicit else getattr(loaded.model, n) for n in shape_values}
+        step_values = loaded.step.model_dump() | ({} if given["gpu"] is None else step_values)
+    names = {"compile_": "compile"} | {
+        n: n
+        for n in (
+            "batch_size",
+            "grad_accum",
+            "dtype",
+            "loss",
+            "loss_chunk_tokens",
+            "checkpointing",
+            "optimizer",
+            "workload",
+        )
+    }
+    step_values |= {field: given[name] for name, field in names.items() if given[name] is not None}
+    workload: Workload = step_values.get("workload", "vramplan")
+    if workload != "vramplan":
+        step_values.setdefault("loss", "full")
+    if workload == "autocast":
+        step_values.setdefault("optimizer", "adamw-foreach")
+    missing = [f"--{n.replace('_', '-')}" for n in ("n_layer", "n_head", "n_embd") if shape_values[n] is None]
+    if step_values.get("batch_size") is None:
+        missing.append("--batch-size")
+    problems = [Problem(n, "missing", "is required", "or give a configuration file") for n in missing]
+    step = StepConfig(**step_values)
+    problems += check_step(step)
+    shape = Shape(**shape_values)
+    if not {"--n-layer", "--n-head", "--n-embd"} & set(missing):
+        problems += check_shape(shape)
+    if problems:
+        raise ConfigError(problems)
+    return shape, step
+
+
+# -------------------------------------------------------------------- gpus
+
+
+@click.command()
+@click.argument("name", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def gpus(name: tuple[str, ...], as_json: bool) -> None:
+    """List the catalogue, or show one card with its source."""
+    cards = (find_gpu(" ".join(name)),) if name else load_gpus()
+    if as_json:
+        from ..report.cards import card_dict
+
+        click.echo(json.dumps([card_dict(card) for card in cards]))
+        return
+    from ..report.cards import print_card, print_cards
+
+    print_card(cards[0]) if name else print_cards(cards)

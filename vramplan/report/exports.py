@@ -1,0 +1,91 @@
+"""A plan as a file that a trainer reads: our run configuration, or nanoGPT's config/*.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .. import __version__
+from ..planner.gpu import Budget
+from ..planner.plan import Plan, make_plan, plan_gpu, restore
+from ..planner.search import Grid
+from ..planner.shape import GPT2_VOCAB, PADDED_GPT2_VOCAB, Shape
+from ..planner.step import StepConfig, tokens_per_step
+from ..runconfig import RunConfig, suggested_training
+from ..units import count, gib
+
+
+def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) -> RunConfig:
+    """The run configuration of one plan of a plan file (as :func:`planner.plan.read_plans` returns it)."""
+    entry = data["plans"][rank - 1]
+    shape, step = restore(entry)
+    train = suggested_training(
+        int(shape.parameters), int(tokens_per_step(shape, step)), data["token_budget"], max_steps
+    )
+    plan = {
+        "gpu": data["gpu"],
+        "budget_bytes": data["budget_bytes"],
+        "process_bytes": entry["estimate"]["process_bytes"],
+        "peak_allocated_bytes": entry["estimate"]["peak_allocated_bytes"],
+        "tokens_per_second": entry["tokens_per_second"],
+        "oom_risk": entry["oom_risk"],
+        "max_risk": data["max_risk"],
+        "target_parameters": data["target_parameters"],
+        "version": __version__,
+    }
+    return RunConfig.build(shape, step, train=train, plan={k: v for k, v in plan.items() if v is not None})
+
+
+def nanogpt_plan(data: dict[str, Any], shape: Shape, step: StepConfig) -> Plan:
+    """The best way to run this shape with nanoGPT's own memory, at the same tokens per step and budget."""
+    grid = Grid(
+        shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
+        compiles=(True, False) if step.compile else (False,), losses=("full",), checkpointings=("none",),
+        optimizers=("adamw-fused",), device=step.device, workload="nanogpt",
+    )  # fmt: skip
+    budget = Budget(total_bytes=data["budget_bytes"], reserve_bytes=0)
+    found = make_plan(grid, plan_gpu(data["gpu"]), budget, max_risk=data["max_risk"], top=1)
+    return replace(found.plans[0], rank=1)
+
+
+def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig) -> str:
+    """Text of a file that nanoGPT's configurator executes: plain assignments of its own names.
+
+    nanoGPT takes the vocabulary from the data set's meta.pkl, else 50304; another one is said in a comment.
+    """
+    plan = nanogpt_plan(data, shape, step)
+    sequences = int(tokens_per_step(shape, step))
+    training = suggested_training(int(shape.parameters), sequences, data["token_budget"], None)
+    steps = -(-data["token_budget"] // sequences)
+    where = data["gpu"] or "this machine"
+    lines = [
+        f"# {shape.label}, {count(shape.parameters)} parameters, planned by vramplan {__version__} for {where}.",
+        f"# nanoGPT is expected to need {gib(plan.estimate.process_bytes)} of {gib(data['budget_bytes'])}.",
+    ]
+    if shape.vocab_size not in (GPT2_VOCAB, PADDED_GPT2_VOCAB):
+        lines.append(f"# vocab_size={shape.vocab_size} must come from the data set's meta.pkl; without it: 50304.")
+    if not shape.tied:
+        lines.append("# nanoGPT always ties the head; the untied head of the plan is not used.")
+    values: dict[str, Any] = {
+        "batch_size": plan.step.batch_size,
+        "gradient_accumulation_steps": plan.step.grad_accum,
+        "block_size": shape.block_size,
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "n_embd": shape.n_embd,
+        "dropout": 0.0,
+        "bias": shape.bias,
+        "learning_rate": training["learning_rate"],
+        "min_lr": training["min_learning_rate"],
+        "warmup_iters": training["warmup_steps"],
+        "max_iters": steps,
+        "lr_decay_iters": steps,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "dtype": plan.step.dtype,
+        "compile": plan.step.compile,
+        "device": plan.step.device,
+    }
+    return "\n".join([*lines, *(f"{name} = {value!r}" for name, value in values.items())]) + "\n"

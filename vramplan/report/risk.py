@@ -1,0 +1,140 @@
+"""The OOM-risk report: what a plan or run needs, what dominates, and what each lever would change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..planner.gpu import Gpu
+from ..planner.levers import Lever, levers
+from ..planner.memory import Estimate, estimate
+from ..planner.risk import OomRisk, needed_bytes, oom_risk
+from ..planner.shape import Shape
+from ..planner.step import StepConfig
+from ..units import gib
+from .plans import breakdown_table, percent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RiskReport:
+    """All data of the report in one place; text and JSON are read from it.
+
+    ``measured`` holds what a run recorded: ``peak_allocated_bytes``, ``peak_reserved_bytes`` (None on a CPU).
+    """
+
+    title: str
+    shape: Shape
+    step: StepConfig
+    gpu: Gpu | None
+    budget_bytes: int
+    max_risk: float
+    estimate: Estimate
+    risk: OomRisk
+    needs_bytes: int
+    levers: tuple[Lever, ...]
+    measured: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "title": self.title,
+            "gpu": self.gpu.name if self.gpu else None,
+            "budget_bytes": self.budget_bytes,
+            "headroom_bytes": self.budget_bytes - self.estimate.process_bytes,
+            "max_risk": self.max_risk,
+            "oom_risk": self.risk.probability,
+            "oom_risk_reason": self.risk.reason,
+            "needs_bytes": self.needs_bytes,
+            "estimate": self.estimate.as_dict(),
+            "top_tensors": [
+                {"name": t.name, "category": t.category, "bytes": t.n_bytes} for t in self.estimate.alive_at_peak[:10]
+            ],
+            "levers": [
+                {
+                    "name": lever.name,
+                    "process_bytes": lever.process_bytes,
+                    "saved_bytes": lever.saved_bytes,
+                    "speed_ratio": lever.speed_ratio,
+                    "largest_batch": lever.largest_batch,
+                    "changes_result": lever.changes_result,
+                }
+                for lever in self.levers
+            ],
+            "measured": dict(self.measured),
+        }
+
+
+def build_report(
+    title: str, shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
+    measured: Mapping[str, Any] | None = None,
+) -> RiskReport:  # fmt: skip
+    """Compute everything the report shows."""
+    full = estimate(shape, step, gpu)
+    return RiskReport(
+        title=title,
+        shape=shape,
+        step=step,
+        gpu=gpu,
+        budget_bytes=budget_bytes,
+        max_risk=max_risk,
+        estimate=full,
+        risk=oom_risk(full.process_bytes, budget_bytes, step),
+        needs_bytes=int(needed_bytes(full.process_bytes, step, max_risk)),
+        levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk)),
+        measured=measured or {},
+    )
+
+
+def print_report(report: RiskReport, console: Console | None = None) -> None:
+    """The report in the terminal."""
+    out = console or Console(highlight=False)
+    full, fits = report.estimate, report.risk.probability <= report.max_risk
+    out.print(f"[bold]OOM-risk report[/] {report.title}")
+    verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
+    out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, OOM risk "
+              f"{percent(report.risk.probability)} (limit {percent(report.max_risk)}).")  # fmt: skip
+    out.print(f"  [dim]{report.risk.reason}[/]")
+    out.print(
+        f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; needs at least {gib(report.needs_bytes)} free\n"
+    )
+    out.print(breakdown_table(full, report.budget_bytes))
+    top = full.alive_at_peak
+    out.print(f"  The peak, {gib(full.peak_allocated_bytes)} allocated, comes during {full.peak_phase}. Largest then:")
+    for row in top[:5]:
+        share = row.n_bytes / full.peak_allocated_bytes
+        out.print(f"    {gib(row.n_bytes):>10}  {share:>4.0%}  {row.name} ({row.category.replace('_', ' ')})")
+    phases = ", ".join(f"{name} {gib(size)}" for name, size in full.phase_peaks.items() if name != "persistent")
+    out.print(f"  By phase: {phases}.")
+    out.print(_lever_table(report))
+    out.print("  * changes the optimisation itself (numerics or context length).")
+    _print_measured(out, report)
+
+
+def _lever_table(report: RiskReport) -> Table:
+    table = Table(title="\nLevers, one at a time", title_justify="left", box=None, padding=(0, 2))
+    for name in ("change", "needs", "saves", "speed", "largest batch"):
+        table.add_column(name, justify="left" if name == "change" else "right")
+    for lever in report.levers:
+        speed = "n/a" if lever.speed_ratio is None else f"{lever.speed_ratio:.2f}x"
+        largest = str(lever.largest_batch) if lever.largest_batch else "none fits"
+        name = f"{lever.name}{' *' if lever.changes_result else ''}"
+        saved = f"{'-' if lever.saved_bytes < 0 else ''}{gib(abs(lever.saved_bytes))}"
+        table.add_row(name, gib(lever.process_bytes), saved, speed, largest)
+    return table
+
+
+def _print_measured(out: Console, report: RiskReport) -> None:
+    if not report.measured:
+        return
+    allocated = report.measured.get("peak_allocated_bytes")
+    if allocated is None:
+        out.print(
+            "\n  Measured: a CPU run records no peak; `estimate` counts tensors that a CPU pass confirms in the tests."
+        )
+        return
+    error = report.estimate.peak_allocated_bytes / allocated - 1
+    out.print(f"\n  Measured: {gib(allocated)} allocated; the estimate is {error:+.2%} off.")

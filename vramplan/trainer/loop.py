@@ -1,0 +1,420 @@
+"""The training loop: steps, metrics, checkpoints and evaluations in an order that loses nothing.
+
+After each step come, in this order: the metrics line, the checkpoint if one is due, the evaluation if one is due. A run
+that dies in an evaluation has therefore already been saved. Nothing is printed: typed events say what happens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError, Problem, VramplanError
+from ..runconfig import RunConfig
+from .checkpoint import Checkpoint, CheckpointFolder, plain_state_dict, rng_state, set_rng_state
+from .events import (
+    AlreadyFinished,
+    CheckpointSaved,
+    CheckpointSkipped,
+    Evaluated,
+    Finished,
+    Interrupted,
+    OnEvent,
+    Resumed,
+    RunStarted,
+    StepLogged,
+    StopRequested,
+    ignore,
+)
+from .interrupt import StopSignal
+from .metrics import MetricsLog, drop_after, read_metrics
+from .model import GPT
+from .optimizer import build_optimizer
+from .rundir import RunDirectory, describe_session, device_name, session_notes
+from .schedule import learning_rate
+from .shards import ShardSet
+from .step import StepResult, TrainStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How :func:`train` ended. ``signal_number`` is set when ``interrupted``; exit codes are 128 + that number."""
+
+    run_dir: Path
+    step: int
+    total_steps: int
+    tokens_seen: int
+    last_loss: float | None
+    best_val_loss: float | None
+    interrupted: bool = False
+    signal_number: int | None = None
+    already_finished: bool = False
+
+
+class _StopEvaluation(Exception):  # noqa: N818 - control flow, never seen outside this module
+    """A signal arrived during an evaluation, whose half result is of no use."""
+
+
+def train(
+    config: RunConfig,
+    shards: ShardSet,
+    run_dir: str | Path,
+    *,
+    device: torch.device,
+    on_event: OnEvent = ignore,
+    resume: bool = False,
+    peak_flops: float | None = None,
+) -> TrainResult:
+    """Train until ``config.total_steps``, or until SIGINT or SIGTERM; then the step is finished and saved first.
+
+    ``peak_flops`` is the device's dense FLOP/s at this dtype, for MFU. With ``resume`` the newest good checkpoint is
+    continued: same data order, same learning rates, and on a CPU with the same number of threads the same bits.
+
+    Raises DataError for a run directory that cannot be used, other data or another configuration on resume; ConfigError
+    for a vocabulary smaller than the data's; VramplanError when the loss is no longer finite or a checkpoint cannot be
+    written. CUDA out-of-memory errors pass through.
+    """
+    needed, given = shards.manifest.n_vocab, config.model.vocab_size
+    if given < needed:
+        raise ConfigError(Problem("model.vocab_size", given, "is smaller than the data's", f"use at least {needed}"))
+    run = RunDirectory(run_dir)
+    with StopSignal() as stop:
+        if resume:
+            run.check_same(config)
+        else:
+            run.create(config)
+        folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
+        found = folder.newest(lambda path, reason: on_event(CheckpointSkipped(path=path, reason=reason)))
+        checkpoint = found[1] if found else None
+        finished = _finished(config, run, checkpoint)
+        if finished:
+            on_event(AlreadyFinished(run_dir=run.path, step=finished.step, best_val_loss=finished.best_val_loss))
+            return finished
+        trainer = _Trainer(config, shards, run, folder, device, on_event, peak_flops, stop)
+        if resume:
+            trainer.restore(checkpoint, found[0] if found else None)
+        return trainer.run()
+
+
+def _finished(config: RunConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> TrainResult | None:
+    """The result of a run that has nothing left to do: its last step is saved and evaluated."""
+    if checkpoint is None or checkpoint.step < config.total_steps:
+        return None
+    evaluations = [line for line in read_metrics(run.metrics) if line["kind"] == "evaluation"]
+    if not evaluations or evaluations[-1]["step"] < config.total_steps:
+        return None
+    return TrainResult(
+        run_dir=run.path,
+        step=checkpoint.step,
+        total_steps=config.total_steps,
+        tokens_seen=checkpoint.tokens_seen,
+        last_loss=None,
+        best_val_loss=evaluations[-1]["best_val_loss"],
+        already_finished=True,
+    )
+
+
+class _Trainer:
+    """One session of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        shards: ShardSet,
+        run: RunDirectory,
+        folder: CheckpointFolder,
+        device: torch.device,
+        on_event: OnEvent,
+        peak_flops: float | None,
+        stop: StopSignal,
+    ) -> None:
+        self.config, self.shards, self.dir, self.folder = config, shards, run, folder
+        self.device, self.emit, self.peak_flops, self.stop = device, on_event, peak_flops, stop
+        t, block_size = config.train, config.model.block_size
+        self.total_steps = config.total_steps
+        self.stream = shards.train_stream(block_size, t.seed)
+        self.evaluation = shards.evaluation(block_size, config.step.batch_size, t.eval_batches)
+        torch.manual_seed(t.seed)
+        self.model = GPT(config.shape, config.step_config, seed=t.seed).to(device)
+        self.optimizer = build_optimizer(
+            self.model,
+            config.step_config,
+            learning_rate=t.learning_rate,
+            weight_decay=t.weight_decay,
+            betas=(t.beta1, t.beta2),
+        )
+        self.train_step = TrainStep(
+            self.model, self.optimizer, config.step_config, grad_clip=t.grad_clip, device=device
+        )
+        self.step = 0
+        self.saved_step: int | None = None
+        self.evaluated_step: int | None = None
+        self.last_loss: float | None = None
+        self.val_loss: float | None = None
+        self.best_val_loss: float | None = None
+        self._stop_announced = False
+        self._warm = False
+        self._interval_steps, self._interval_seconds = 0, 0.0
+
+    @property
+    def tokens_seen(self) -> int:
+        return self.step * self.config.tokens_per_step
+
+    def restore(self, checkpoint: Checkpoint | None, path: Path | None) -> None:
+        """Continue from a checkpoint; from the very beginning when the run never reached its first one."""
+        if checkpoint is not None:
+            self.stream.load_state_dict(checkpoint.data)
+            self.model.load_state_dict(checkpoint.model)
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.train_step.load_scaler_state(checkpoint.scaler)
+            set_rng_state(checkpoint.rng)
+            self.step = self.saved_step = checkpoint.step
+            self.best_val_loss = checkpoint.best_val_loss
+        dropped = drop_after(self.dir.metrics, self.step)
+        for line in read_metrics(self.dir.metrics):
+            if line["kind"] == "evaluation":
+                self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
+                self.best_val_loss = line["best_val_loss"]
+            elif line["kind"] == "step":
+                self.last_loss = line["loss"]
+        self.emit(Resumed(checkpoint=path, step=self.step, tokens_seen=self.tokens_seen, dropped_lines=dropped))
+
+    def run(self) -> TrainResult:
+        """Train to the end, or to a signal."""
+        session = describe_session(self.device, self.shards, self.step)
+        notes = [*self._notes(), *session_notes(self.dir.sessions(), session)]
+        self.dir.add_session(session)
+        self.emit(self._run_started(notes))
+        start = time.perf_counter()
+        with MetricsLog(self.dir.metrics) as self.metrics:
+            try:
+                self._evaluate_if_due()
+                while self.step < self.total_steps and not self.stop.requested:
+                    self._one_step()
+                    if self.step % self.config.train.checkpoint_interval == 0 or self.step == self.total_steps:
+                        self._save()
+                    self._evaluate_if_due()
+            except _StopEvaluation:
+                pass  # the request is handled below, like one that arrives during a step
+            complete = self.step >= self.total_steps and self.evaluated_step == self.step
+            if not complete:
+                return self._interrupted()
+        self._announce_finish(time.perf_counter() - start)
+        return self._result()
+
+    def _one_step(self) -> None:
+        t, start = self.config.train, time.perf_counter()
+        rate = learning_rate(
+            self.step,
+            peak=t.learning_rate,
+            minimum=t.min_learning_rate,
+            warmup_steps=t.warmup_steps,
+            total_steps=self.total_steps,
+        )
+        result = self.train_step(self._micro_batches(), rate)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        self.last_loss = result.loss
+        self._stop_unless_finite(result, rate)
+        if self._warm:
+            self._interval_steps += 1
+            self._interval_seconds += seconds
+        if self.step == 1 or self.step == self.total_steps or self.step % t.log_interval == 0:
+            self._log(result, rate, seconds)
+        self._warm = True
+
+    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.config.step.grad_accum):
+            self._announce_stop()
+            tokens, targets = self.stream.batch(self.config.step.batch_size)
+            if self.device.type == "cuda":  # pinned, so that the copy does not wait for the GPU's queue
+                tokens, targets = tokens.pin_memory(), targets.pin_memory()
+            yield tokens, targets
+        self._announce_stop()
+
+    def _announce_stop(self) -> None:
+        """Report a signal soon after it came. Not from its handler, where a half-printed line may be interrupted."""
+        if self.stop.requested and not self._stop_announced:
+            self._stop_announced = True
+            self.emit(StopRequested(signal_name=self.stop.name))
+
+    def _log(self, result: StepResult, rate: float, seconds: float) -> None:
+        per_second = None
+        if self._interval_steps:
+            seconds = self._interval_seconds / self._interval_steps
+            per_second = self.config.tokens_per_step / seconds
+        self._interval_steps, self._interval_seconds = 0, 0.0
+        mfu = None
+        if per_second and self.peak_flops:
+            mfu = self.config.shape.flops_per_token * per_second / self.peak_flops
+        event = StepLogged(
+            step=self.step,
+            total_steps=self.total_steps,
+            tokens=self.tokens_seen,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens_per_second=per_second,
+            step_seconds=seconds,
+            mfu=mfu,
+            epoch=self.stream.epoch,
+            **_memory(self.device),
+        )
+        line = asdict(event)
+        del line["total_steps"]
+        self.metrics.append("step", line)
+        self.emit(event)
+
+    def _save(self) -> Path:
+        start = time.perf_counter()
+        path = self.folder.save(
+            Checkpoint(
+                step=self.step,
+                tokens_seen=self.tokens_seen,
+                model=plain_state_dict(self.model),
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.train_step.scaler_state(),
+                data=self.stream.state_dict(),
+                rng=rng_state(),
+                config_toml=self.config.to_toml(),
+                best_val_loss=self.best_val_loss,
+            )
+        )
+        self.saved_step = self.step
+        seconds = time.perf_counter() - start
+        self.emit(CheckpointSaved(path=path, step=self.step, size_bytes=path.stat().st_size, seconds=seconds))
+        return path
+
+    def _evaluate_if_due(self) -> None:
+        due = self.step % self.config.train.eval_interval == 0 or self.step == self.total_steps
+        if not due or self.evaluated_step == self.step:
+            return
+        start = time.perf_counter()
+        loss = self.train_step.evaluate(self._evaluation_batches())
+        if not math.isfinite(loss):
+            self._fail(f"the validation loss is {loss} after step {self.step}")
+        self.val_loss, self.evaluated_step = loss, self.step
+        self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
+        seconds = time.perf_counter() - start
+        line = {"step": self.step, "val_loss": loss, "best_val_loss": self.best_val_loss, "seconds": seconds}
+        self.metrics.append("evaluation", {**line, "train_loss": self.last_loss, "tokens": self.tokens_seen})
+        self.emit(Evaluated(step=self.step, val_loss=loss, best_val_loss=self.best_val_loss, seconds=seconds))
+
+    def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.evaluation:
+            if self.stop.requested:
+                raise _StopEvaluation
+            yield batch
+
+    def _stop_unless_finite(self, result: StepResult, rate: float) -> None:
+        # With float16 an infinite norm is ordinary: the scaler skips that step and lowers its scale.
+        norm_matters = self.config.step.dtype != "float16"
+        if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or not norm_matters):
+            return
+        what = "loss" if not math.isfinite(result.loss) else "gradient norm"
+        value = result.loss if what == "loss" else result.grad_norm
+        self._fail(
+            f"the {what} is {value} at step {self.step} (learning rate {rate:.3g}, dtype {self.model.step.dtype})"
+        )
+
+    def _fail(self, reason: str) -> None:
+        self.metrics.append("stopped", {"step": self.step, "reason": reason})
+        last = next(iter(self.folder.paths()), None)
+        good = f"The last good checkpoint is {last}." if last else "No checkpoint was saved before."
+        raise VramplanError(f"{reason}. {good} Start a new run with a lower learning_rate or a longer warm-up.")
+
+    def _interrupted(self) -> TrainResult:
+        self._announce_stop()
+        newest = self.folder.paths()[0] if self.saved_step == self.step else self._save()
+        number = self.stop.number or 0
+        self.emit(
+            Interrupted(
+                run_dir=self.dir.path,
+                checkpoint=newest,
+                step=self.step,
+                total_steps=self.total_steps,
+                signal_name=self.stop.name,
+                signal_number=number,
+            )
+        )
+        return self._result(interrupted=True, signal_number=number)
+
+    def _announce_finish(self, seconds: float) -> None:
+        self.emit(
+            Finished(
+                run_dir=self.dir.path,
+                step=self.step,
+                tokens=self.tokens_seen,
+                last_loss=self.last_loss,
+                val_loss=self.val_loss,
+                best_val_loss=self.best_val_loss,
+                seconds=seconds,
+            )
+        )
+
+    def _result(self, *, interrupted: bool = False, signal_number: int | None = None) -> TrainResult:
+        return TrainResult(
+            run_dir=self.dir.path,
+            step=self.step,
+            total_steps=self.total_steps,
+            tokens_seen=self.tokens_seen,
+            last_loss=self.last_loss,
+            best_val_loss=self.best_val_loss,
+            interrupted=interrupted,
+            signal_number=signal_number,
+        )
+
+    def _run_started(self, notes: list[str]) -> RunStarted:
+        c, shape = self.config, self.config.shape
+        budget = self.total_steps * c.tokens_per_step
+        return RunStarted(
+            run_dir=self.dir.path,
+            device=device_name(self.device),
+            parameters=self.model.parameter_count(),
+            batch_size=c.step.batch_size,
+            grad_accum=c.step.grad_accum,
+            block_size=c.model.block_size,
+            tokens_per_step=c.tokens_per_step,
+            start_step=self.step,
+            total_steps=self.total_steps,
+            token_budget=budget,
+            unique_tokens=self.stream.unique_tokens,
+            blocks_per_epoch=self.stream.blocks_per_epoch,
+            epochs=budget / self.stream.unique_tokens,
+            val_tokens=self.shards.val_tokens,
+            evaluation_blocks=self.evaluation.blocks,
+            first_loss_expected=math.log(c.model.vocab_size),
+            flops_per_token=shape.flops_per_token,
+            peak_flops=self.peak_flops,
+            notes=tuple(notes),
+        )
+
+    def _notes(self) -> list[str]:
+        notes, t = [], self.config.train
+        if t.warmup_steps >= self.total_steps:
+            notes.append(
+                f"warmup_steps={t.warmup_steps} is not shorter than the run of {self.total_steps} steps: "
+                "the learning rate only rises"
+            )
+        if not self.shards.held_out(self.config.model.block_size):
+            notes.append("the validation split is shorter than a block: the end of the training text is used instead")
+        if self.config.step.device != self.device.type:
+            notes.append(f"the configuration was made for {self.config.step.device}, this run is on {self.device.type}")
+        return notes
+
+
+def _memory(device: torch.device) -> dict[str, int | None]:
+    """Peak allocated and reserved bytes, and allocator retries since the process began; None on a CPU."""
+    if device.type != "cuda":
+        return {"peak_allocated_bytes": None, "peak_reserved_bytes": None, "alloc_retries": None}
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
+    }

@@ -1,0 +1,80 @@
+"""``metrics.jsonl``: one JSON object per line, in the order things happened.
+
+Every line has ``kind`` (``step``, ``evaluation`` or ``stopped``), ``step`` and ``time`` (Unix seconds). Numbers that
+are not finite are written as null, because JSON has no other word for them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..errors import DataError, Problem
+
+Line = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends lines to ``path``; each is flushed at once, so a killed run loses at most the line being written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, kind: str, values: Line) -> None:
+        """Write one line: kind, the values, and the time."""
+        line = {"kind": kind, **values, "time": time.time()}
+        self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """All complete lines; none when the file does not exist. A last line cut off by a crash is left out.
+
+    Raises DataError for damage anywhere else.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    found: list[Line] = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise DataError(Problem("metrics", str(path), f"is damaged in line {number}", "remove that line")) from None
+        found.append(line)
+    return found
+
+
+def drop_after(path: Path, step: int) -> int:
+    """Remove the lines beyond ``step`` (and a last one that was cut off), atomically. Returns how many were removed."""
+    if not path.exists():
+        return 0
+    lines = read_metrics(path)
+    kept = [line for line in lines if line["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in kept)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+    return len(lines) - len(kept)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
