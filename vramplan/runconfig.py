@@ -229,6 +229,8 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
 
 LEARNING_RATES = ((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4), (2.7e9, 1.6e-4), (6.7e9, 1.2e-4))
 """Peak learning rate by parameters (GPT-3, Brown et al. 2020, table 2.1)."""
+SMALL_MODEL_EXPONENT, LARGEST_RATE = -0.47, 3e-3
+"""Below 125M the rate goes on rising with the slope that the table has between 125M and 1.3B, up to a stable maximum."""
 
 
 def suggested_training(
@@ -236,10 +238,12 @@ def suggested_training(
 ) -> dict[str, Any]:
     """Values for ``[train]`` that follow from size and length: learning rate, warm-up, intervals, the end of the run.
 
-    The learning rate is that of the GPT-3 model nearest in size; it decays to a tenth. Warm-up is 2 % of the steps, at
-    most 700.
+    The learning rate is that of the GPT-3 model nearest in size, higher for smaller ones; it decays to a tenth. Warm-up
+    is 2 % of the steps, at most 700.
     """
-    peak = min(LEARNING_RATES, key=lambda row: abs(math.log(row[0] / parameters)))[1]
+    size, peak = min(LEARNING_RATES, key=lambda row: abs(math.log(row[0] / parameters)))
+    if parameters < LEARNING_RATES[0][0]:
+        peak = round(min(LARGEST_RATE, peak * (parameters / size) ** SMALL_MODEL_EXPONENT), 5)
     steps = max_steps or -(-token_budget // tokens_per_step)
     ends = {"max_steps": max_steps} if max_steps else {"token_budget": token_budget}
     interval = max(1, min(250, steps // 4))

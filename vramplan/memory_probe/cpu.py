@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, Problem
 from ..planner.shape import Shape, check_shape
@@ -62,7 +62,7 @@ class _Phase:
         def arrived(_: Tensor) -> None:
             self.name = name
 
-        tensor.register_hook(arrived)
+        tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _forward_begins(self, *_: Any) -> None:
         self.forward, self.name = True, "forward"
@@ -105,9 +105,10 @@ def measure_cpu_step(
     """
     shape, step = (config.shape, config.step_config) if isinstance(config, RunConfig) else config
     _check(shape, step, steps)
+    _optimizer(nn.Linear(1, 1), step)  # what its library keeps from the first use on is not the step's
     with TensorMeter() as meter:
         model = GPT(shape, step)
-        optimizer = build_optimizer(model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        optimizer = _optimizer(model, step)
         train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
         phase = _Phase(model, optimizer)
         meter.phase_of = lambda: phase.name
@@ -119,6 +120,10 @@ def measure_cpu_step(
             train(_random_batches(shape, step), learning_rate=1e-3)
     top = meter.timeline.peak
     return CpuMeasurement(top.live_bytes, persistent, top.phase, top.operation, meter.timeline.phase_peaks)
+
+
+def _optimizer(model: nn.Module, step: StepConfig) -> torch.optim.Optimizer:
+    return build_optimizer(model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 
 
 def _check(shape: Shape, step: StepConfig, steps: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,9 +56,16 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, phase_of: Callable[[], str] = lambda: "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
-        self.timeline = Timeline()
         self.phase_of = phase_of
+        self._timeline = Timeline()
+        self._sum: tuple[Sample, weakref.ref[Any], int] | None = None
         self._known: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def timeline(self) -> Timeline:
+        """What has been seen since the start or the last :meth:`restart`."""
+        self._settle()
+        return self._timeline
 
     def watch(self, tensor: torch.Tensor) -> None:
         """Count ``tensor``'s storage from now until it is freed."""
@@ -78,13 +85,38 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Forget the timeline so far, keep counting what is alive."""
-        self.timeline = Timeline()
+        self._settle()
+        self._timeline = Timeline()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then count what it returned."""
+        self._settle()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
                 self.watch(leaf)
-        self.timeline.samples.append(Sample(self.live_bytes, str(func), self.phase_of()))
+        sample = Sample(self.live_bytes, str(func), self.phase_of())
+        if _joins_gradients(func):
+            self._sum = (sample, weakref.ref(args[0].untyped_storage()), result.untyped_storage().nbytes())
+        else:
+            self._timeline.samples.append(sample)
         return result
+
+    def _settle(self) -> None:
+        """Decide what the latest sum of two gradients cost: nothing if its first operand did not outlive it."""
+        if self._sum is None:
+            return
+        (sample, operand, size), self._sum = self._sum, None
+        if operand() is None:
+            sample = replace(sample, live_bytes=sample.live_bytes - size)
+        self._timeline.samples.append(sample)
+
+
+def _joins_gradients(func: Any) -> bool:
+    """Whether autograd adds two gradients of one tensor.
+
+    It does so in place when it holds the last reference to the first, but never while a dispatch mode is active
+    (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace): there the meter would change what it measures.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    return in_backward and func is torch.ops.aten.add.Tensor

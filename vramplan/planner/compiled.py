@@ -91,8 +91,6 @@ class CompiledStep(EagerStep):
         for part in ["weight", "bias"] if self.shape.bias else ["weight"]:
             t.new(f"{name}.{part} gradient", "gradients", 4 * self.h)
         t.free(incoming, x, saved[f"{name}.mean"], saved[f"{name}.rstd"])
-        if first and self.step.loss == "chunked":
-            t.free(saved[name])
         if carried is not None:
             t.free_oldest(carried)
         return self._dx

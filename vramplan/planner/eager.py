@@ -68,11 +68,14 @@ class EagerStep:
         loss = self._loss_forward()
         t.free(kept_logits)  # the caller's name is bound to the new logits only now
         self._leave_forward()
+        if self.step.loss == "chunked":
+            t.free(final["ln_f"])  # its gradient is known already: only the model's local name held it
         if self.step.workload == "nanogpt":
             inputs += [t.new(f"next {name}", "inputs", 8 * self.N) for name in ("tokens", "targets")]
         t.phase = "loss backward"
         head_grad = self._loss_backward(loss)
-        self._linear_input_freed("ln_f", final)
+        if self.step.loss == "full":
+            t.free(final["ln_f"])  # the head's product has consumed it
         dx = self._norm_backward("ln_f", final, x, first=True)
         self._blocks_backward(saved, x, dx)
         t.phase = "embedding backward"
@@ -384,10 +387,6 @@ class EagerStep:
 
     # ---------------------------------------------------------------- backward
 
-    def _linear_input_freed(self, name: str, saved: Saved) -> None:
-        """The product after a norm has consumed the norm's output."""
-        self.tape.free(saved[name] if self.step.loss == "full" else None)
-
     def _norm_backward(
         self, name: str, saved: Saved, x: Row, *, first: bool = False, carried: Row | None = None
     ) -> Row:
@@ -406,8 +405,6 @@ class EagerStep:
         small = [t.row(f"{name}.{p} gradient", "gradients", (self.e if cast else 4) * self.h) for p in parts]
         t.alloc(*small)
         t.free(incoming, x, saved[f"{name}.w"], saved[f"{name}.b"], saved[f"{name}.mean"], saved[f"{name}.rstd"])
-        if first and self.step.loss == "chunked":
-            t.free(saved[name])
         if carried is not None:
             t.free_oldest(carried)
         for p, row in zip(parts, small, strict=True):

@@ -119,9 +119,12 @@ class Estimate:
 
     @cached_property
     def phase_peaks(self) -> dict[str, int]:
-        """Highest allocated bytes within each phase, in order of first appearance."""
-        live, peaks = 0, dict[str, int]()
+        """Highest allocated bytes within each phase, its first moment included, in order of first appearance."""
+        live, phase, peaks = 0, "", dict[str, int]()
         for change in self.changes:
+            if change.phase != phase:
+                phase = change.phase
+                peaks[phase] = max(peaks.get(phase, 0), live)
             live += int(change.row.size) if change.alloc else -int(change.row.size)
             peaks[change.phase] = max(peaks.get(change.phase, 0), live)
         return peaks

@@ -94,7 +94,7 @@ class CheckpointFolder:
 
         ``on_skip`` hears about each damaged one that was passed over. Raises DataError when all are damaged.
         """
-        problems = []
+        problems: list[Problem] = []
         for path in self.paths():
             try:
                 return path, load(path)

@@ -9,33 +9,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, Problem, VramplanError
+from ..errors import ConfigError, Problem, VramplanError
 from ..runconfig import RunConfig
 from .checkpoint import Checkpoint, CheckpointFolder, plain_state_dict, rng_state, set_rng_state
 from .events import (
     AlreadyFinished,
     CheckpointSaved,
     CheckpointSkipped,
-    Evaluated,
     Finished,
     Interrupted,
     OnEvent,
     Resumed,
     RunStarted,
-    StepLogged,
     StopRequested,
     ignore,
 )
 from .interrupt import StopSignal
-from .metrics import MetricsLog, drop_after, read_metrics
 from .model import GPT
 from .optimizer import build_optimizer
+from .recorder import Recorder, last_evaluation
 from .rundir import RunDirectory, describe_session, device_name, session_notes
 from .schedule import learning_rate
 from .shards import ShardSet
@@ -91,31 +89,29 @@ def train(
             run.create(config)
         folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
         found = folder.newest(lambda path, reason: on_event(CheckpointSkipped(path=path, reason=reason)))
-        checkpoint = found[1] if found else None
-        finished = _finished(config, run, checkpoint)
+        finished = _finished(config, run, found[1]) if found else None
         if finished:
             on_event(AlreadyFinished(run_dir=run.path, step=finished.step, best_val_loss=finished.best_val_loss))
             return finished
         trainer = _Trainer(config, shards, run, folder, device, on_event, peak_flops, stop)
         if resume:
-            trainer.restore(checkpoint, found[0] if found else None)
+            trainer.restore(found)
+        del found  # three times the weights: not to be kept through the run
         return trainer.run()
 
 
-def _finished(config: RunConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> TrainResult | None:
+def _finished(config: RunConfig, run: RunDirectory, checkpoint: Checkpoint) -> TrainResult | None:
     """The result of a run that has nothing left to do: its last step is saved and evaluated."""
-    if checkpoint is None or checkpoint.step < config.total_steps:
-        return None
-    evaluations = [line for line in read_metrics(run.metrics) if line["kind"] == "evaluation"]
-    if not evaluations or evaluations[-1]["step"] < config.total_steps:
+    evaluation = last_evaluation(run.metrics)
+    if checkpoint.step < config.total_steps or not evaluation or evaluation["step"] < config.total_steps:
         return None
     return TrainResult(
         run_dir=run.path,
         step=checkpoint.step,
         total_steps=config.total_steps,
         tokens_seen=checkpoint.tokens_seen,
-        last_loss=None,
-        best_val_loss=evaluations[-1]["best_val_loss"],
+        last_loss=evaluation["train_loss"],
+        best_val_loss=evaluation["best_val_loss"],
         already_finished=True,
     )
 
@@ -136,38 +132,32 @@ class _Trainer:
     ) -> None:
         self.config, self.shards, self.dir, self.folder = config, shards, run, folder
         self.device, self.emit, self.peak_flops, self.stop = device, on_event, peak_flops, stop
-        t, block_size = config.train, config.model.block_size
+        t, step, block_size = config.train, config.step_config, config.model.block_size
         self.total_steps = config.total_steps
         self.stream = shards.train_stream(block_size, t.seed)
         self.evaluation = shards.evaluation(block_size, config.step.batch_size, t.eval_batches)
         torch.manual_seed(t.seed)
-        self.model = GPT(config.shape, config.step_config, seed=t.seed).to(device)
+        self.model = GPT(config.shape, step, seed=t.seed).to(device)
         self.optimizer = build_optimizer(
             self.model,
-            config.step_config,
+            step,
             learning_rate=t.learning_rate,
             weight_decay=t.weight_decay,
             betas=(t.beta1, t.beta2),
         )
-        self.train_step = TrainStep(
-            self.model, self.optimizer, config.step_config, grad_clip=t.grad_clip, device=device
-        )
+        self.train_step = TrainStep(self.model, self.optimizer, step, grad_clip=t.grad_clip, device=device)
+        self.recorder = Recorder(config, run.metrics, device, peak_flops, on_event)
         self.step = 0
         self.saved_step: int | None = None
-        self.evaluated_step: int | None = None
-        self.last_loss: float | None = None
-        self.val_loss: float | None = None
-        self.best_val_loss: float | None = None
         self._stop_announced = False
-        self._warm = False
-        self._interval_steps, self._interval_seconds = 0, 0.0
 
     @property
     def tokens_seen(self) -> int:
         return self.step * self.config.tokens_per_step
 
-    def restore(self, checkpoint: Checkpoint | None, path: Path | None) -> None:
+    def restore(self, found: tuple[Path, Checkpoint] | None) -> None:
         """Continue from a checkpoint; from the very beginning when the run never reached its first one."""
+        path, checkpoint = found or (None, None)
         if checkpoint is not None:
             self.stream.load_state_dict(checkpoint.data)
             self.model.load_state_dict(checkpoint.model)
@@ -175,14 +165,7 @@ class _Trainer:
             self.train_step.load_scaler_state(checkpoint.scaler)
             set_rng_state(checkpoint.rng)
             self.step = self.saved_step = checkpoint.step
-            self.best_val_loss = checkpoint.best_val_loss
-        dropped = drop_after(self.dir.metrics, self.step)
-        for line in read_metrics(self.dir.metrics):
-            if line["kind"] == "evaluation":
-                self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
-                self.best_val_loss = line["best_val_loss"]
-            elif line["kind"] == "step":
-                self.last_loss = line["loss"]
+        dropped = self.recorder.restore(self.step, checkpoint.best_val_loss if checkpoint else None)
         self.emit(Resumed(checkpoint=path, step=self.step, tokens_seen=self.tokens_seen, dropped_lines=dropped))
 
     def run(self) -> TrainResult:
@@ -192,7 +175,7 @@ class _Trainer:
         self.dir.add_session(session)
         self.emit(self._run_started(notes))
         start = time.perf_counter()
-        with MetricsLog(self.dir.metrics) as self.metrics:
+        with self.recorder:
             try:
                 self._evaluate_if_due()
                 while self.step < self.total_steps and not self.stop.requested:
@@ -201,9 +184,8 @@ class _Trainer:
                         self._save()
                     self._evaluate_if_due()
             except _StopEvaluation:
-                pass  # the request is handled below, like one that arrives during a step
-            complete = self.step >= self.total_steps and self.evaluated_step == self.step
-            if not complete:
+                pass  # handled below, like a signal that arrives during a step
+            if self.step < self.total_steps or self.recorder.evaluated_step != self.step:
                 return self._interrupted()
         self._announce_finish(time.perf_counter() - start)
         return self._result()
@@ -220,14 +202,8 @@ class _Trainer:
         result = self.train_step(self._micro_batches(), rate)
         seconds = time.perf_counter() - start
         self.step += 1
-        self.last_loss = result.loss
         self._stop_unless_finite(result, rate)
-        if self._warm:
-            self._interval_steps += 1
-            self._interval_seconds += seconds
-        if self.step == 1 or self.step == self.total_steps or self.step % t.log_interval == 0:
-            self._log(result, rate, seconds)
-        self._warm = True
+        self.recorder.step_done(self.step, result, rate, seconds, self.stream.epoch)
 
     def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self.config.step.grad_accum):
@@ -239,37 +215,10 @@ class _Trainer:
         self._announce_stop()
 
     def _announce_stop(self) -> None:
-        """Report a signal soon after it came. Not from its handler, where a half-printed line may be interrupted."""
+        """Report a signal soon after it came. Not from its handler, which may interrupt a line being printed."""
         if self.stop.requested and not self._stop_announced:
             self._stop_announced = True
             self.emit(StopRequested(signal_name=self.stop.name))
-
-    def _log(self, result: StepResult, rate: float, seconds: float) -> None:
-        per_second = None
-        if self._interval_steps:
-            seconds = self._interval_seconds / self._interval_steps
-            per_second = self.config.tokens_per_step / seconds
-        self._interval_steps, self._interval_seconds = 0, 0.0
-        mfu = None
-        if per_second and self.peak_flops:
-            mfu = self.config.shape.flops_per_token * per_second / self.peak_flops
-        event = StepLogged(
-            step=self.step,
-            total_steps=self.total_steps,
-            tokens=self.tokens_seen,
-            loss=result.loss,
-            learning_rate=rate,
-            grad_norm=result.grad_norm,
-            tokens_per_second=per_second,
-            step_seconds=seconds,
-            mfu=mfu,
-            epoch=self.stream.epoch,
-            **_memory(self.device),
-        )
-        line = asdict(event)
-        del line["total_steps"]
-        self.metrics.append("step", line)
-        self.emit(event)
 
     def _save(self) -> Path:
         start = time.perf_counter()
@@ -283,7 +232,7 @@ class _Trainer:
                 data=self.stream.state_dict(),
                 rng=rng_state(),
                 config_toml=self.config.to_toml(),
-                best_val_loss=self.best_val_loss,
+                best_val_loss=self.recorder.best_val_loss,
             )
         )
         self.saved_step = self.step
@@ -292,19 +241,15 @@ class _Trainer:
         return path
 
     def _evaluate_if_due(self) -> None:
+        """Evaluate at every ``eval_interval``, at step 0 and at the end, once. Step 0 shows early that it fits."""
         due = self.step % self.config.train.eval_interval == 0 or self.step == self.total_steps
-        if not due or self.evaluated_step == self.step:
+        if not due or self.recorder.evaluated_step == self.step:
             return
         start = time.perf_counter()
         loss = self.train_step.evaluate(self._evaluation_batches())
         if not math.isfinite(loss):
             self._fail(f"the validation loss is {loss} after step {self.step}")
-        self.val_loss, self.evaluated_step = loss, self.step
-        self.best_val_loss = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
-        seconds = time.perf_counter() - start
-        line = {"step": self.step, "val_loss": loss, "best_val_loss": self.best_val_loss, "seconds": seconds}
-        self.metrics.append("evaluation", {**line, "train_loss": self.last_loss, "tokens": self.tokens_seen})
-        self.emit(Evaluated(step=self.step, val_loss=loss, best_val_loss=self.best_val_loss, seconds=seconds))
+        self.recorder.evaluated(self.step, loss, time.perf_counter() - start)
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.evaluation:
@@ -314,17 +259,17 @@ class _Trainer:
 
     def _stop_unless_finite(self, result: StepResult, rate: float) -> None:
         # With float16 an infinite norm is ordinary: the scaler skips that step and lowers its scale.
-        norm_matters = self.config.step.dtype != "float16"
-        if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or not norm_matters):
+        dtype = self.config.step.dtype
+        if not math.isfinite(result.loss):
+            what = f"loss is {result.loss}"
+        elif not math.isfinite(result.grad_norm) and dtype != "float16":
+            what = f"gradient norm is {result.grad_norm}"
+        else:
             return
-        what = "loss" if not math.isfinite(result.loss) else "gradient norm"
-        value = result.loss if what == "loss" else result.grad_norm
-        self._fail(
-            f"the {what} is {value} at step {self.step} (learning rate {rate:.3g}, dtype {self.model.step.dtype})"
-        )
+        self._fail(f"the {what} at step {self.step} (learning rate {rate:.3g}, {dtype})")
 
     def _fail(self, reason: str) -> None:
-        self.metrics.append("stopped", {"step": self.step, "reason": reason})
+        self.recorder.stopped(self.step, reason)
         last = next(iter(self.folder.paths()), None)
         good = f"The last good checkpoint is {last}." if last else "No checkpoint was saved before."
         raise VramplanError(f"{reason}. {good} Start a new run with a lower learning_rate or a longer warm-up.")
@@ -351,9 +296,9 @@ class _Trainer:
                 run_dir=self.dir.path,
                 step=self.step,
                 tokens=self.tokens_seen,
-                last_loss=self.last_loss,
-                val_loss=self.val_loss,
-                best_val_loss=self.best_val_loss,
+                last_loss=self.recorder.last_loss,
+                val_loss=self.recorder.val_loss,
+                best_val_loss=self.recorder.best_val_loss,
                 seconds=seconds,
             )
         )
@@ -364,14 +309,14 @@ class _Trainer:
             step=self.step,
             total_steps=self.total_steps,
             tokens_seen=self.tokens_seen,
-            last_loss=self.last_loss,
-            best_val_loss=self.best_val_loss,
+            last_loss=self.recorder.last_loss,
+            best_val_loss=self.recorder.best_val_loss,
             interrupted=interrupted,
             signal_number=signal_number,
         )
 
     def _run_started(self, notes: list[str]) -> RunStarted:
-        c, shape = self.config, self.config.shape
+        c = self.config
         budget = self.total_steps * c.tokens_per_step
         return RunStarted(
             run_dir=self.dir.path,
@@ -390,7 +335,7 @@ class _Trainer:
             val_tokens=self.shards.val_tokens,
             evaluation_blocks=self.evaluation.blocks,
             first_loss_expected=math.log(c.model.vocab_size),
-            flops_per_token=shape.flops_per_token,
+            flops_per_token=c.shape.flops_per_token,
             peak_flops=self.peak_flops,
             notes=tuple(notes),
         )
@@ -407,14 +352,3 @@ class _Trainer:
         if self.config.step.device != self.device.type:
             notes.append(f"the configuration was made for {self.config.step.device}, this run is on {self.device.type}")
         return notes
-
-
-def _memory(device: torch.device) -> dict[str, int | None]:
-    """Peak allocated and reserved bytes, and allocator retries since the process began; None on a CPU."""
-    if device.type != "cuda":
-        return {"peak_allocated_bytes": None, "peak_reserved_bytes": None, "alloc_retries": None}
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
-    }

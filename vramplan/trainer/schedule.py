@@ -9,7 +9,7 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, 
     """Learning rate of optimizer step ``step``, counted from 0.
 
     Rises linearly so that the last warm-up step has ``peak``, then follows a cosine that would reach ``minimum`` at
-    ``total_steps``, and stays there. A warm-up longer than the run is cut to the run: it ends at ``peak``, never decays.
+    ``total_steps``, and stays there. A warm-up longer than the run is cut to the run, which then ends at ``peak``.
     """
     warmup = min(warmup_steps, total_steps)
     if step < warmup:

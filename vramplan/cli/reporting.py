@@ -1,0 +1,70 @@
+"""``report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from ..errors import ConfigError, Problem
+from ..planner.plan import plan_gpu, read_plans
+from ..runconfig import RunConfig
+from .options import card_options, resolve_target
+
+
+@click.command()
+@click.argument("subject", metavar="PLAN|CONFIG|RUN", type=click.Path(path_type=Path))
+@card_options(default=None)
+@click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan of a plan file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def report(subject: Path, rank: int, as_json: bool, max_risk: float, **card: Any) -> None:
+    """The OOM-risk report: risk, what dominates the peak and when, and what each lever would save and cost.
+
+    SUBJECT is a plan file (JSON), a run configuration (TOML) or a run directory. The card and budget are those it was
+    planned for, unless --gpu or --vram says otherwise.
+    """
+    from ..report.risk import build_report, print_report
+
+    shape, step, planned, measured = _read(subject, rank)
+    if card["gpu"] is not None or card["vram"] is not None:
+        target = resolve_target(card["gpu"] or planned.get("gpu"), card["vram"], card["reserve"], card["headless"])
+        gpu, budget = target.gpu, target.budget.budget_bytes
+    elif planned.get("budget_bytes"):
+        gpu, budget = plan_gpu(planned.get("gpu")), int(planned["budget_bytes"])
+    else:
+        raise ConfigError(
+            Problem("--gpu", "missing", "is required", f"{subject} names no budget; give --gpu or --vram")
+        )
+    title = f"{subject}{f', plan {rank}' if subject.suffix == '.json' else ''}: {shape.label}"
+    result = build_report(title, shape, step, gpu, budget, max_risk, measured)
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))
+    else:
+        print_report(result)
+
+
+def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Shape, step, what was planned, and what a run measured."""
+    if subject.suffix == ".json":
+        data, configs = read_plans(subject)
+        if rank > len(configs):
+            raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {subject}"))
+        return *configs[rank - 1], data, {}
+    if subject.is_dir():
+        from ..trainer.metrics import read_metrics
+        from ..trainer.rundir import RunDirectory
+
+        run = RunDirectory(subject)
+        config = run.stored_config()
+        lines = (
+            [line for line in read_metrics(run.metrics) if line.get("kind") == "step"] if run.metrics.exists() else []
+        )
+        measured: dict[str, Any] = {"steps": len(lines)}
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
+            seen = [line[name] for line in lines if line.get(name) is not None]
+            measured[name] = max(seen) if seen else None
+        return config.shape, config.step_config, config.plan.model_dump(), measured
+    config = RunConfig.load(subject)
+    return config.shape, config.step_config, config.plan.model_dump(), {}

@@ -1,0 +1,130 @@
+"""What is known about a run while it goes on: throughput, MFU, memory, losses; each as an event and a metrics line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from ..runconfig import RunConfig
+from .events import Evaluated, OnEvent, StepLogged
+from .metrics import Line, MetricsLog, drop_after, read_metrics
+from .step import StepResult
+
+
+class Recorder:
+    """Turns finished steps and evaluations into ``metrics.jsonl`` and events. A context manager around the file.
+
+    Throughput covers what it is told of: the seconds of training steps, so neither evaluations nor checkpoints.
+    """
+
+    def __init__(
+        self, config: RunConfig, path: Path, device: torch.device, peak_flops: float | None, on_event: OnEvent
+    ) -> None:
+        self.config, self.path, self.device = config, path, device
+        self.peak_flops, self.emit = peak_flops, on_event
+        self.last_loss: float | None = None
+        self.val_loss: float | None = None
+        self.best_val_loss: float | None = None
+        self.evaluated_step: int | None = None
+        self._warm = False
+        self._steps, self._seconds = 0, 0.0
+        self._log: MetricsLog | None = None
+
+    def __enter__(self) -> Self:
+        self._log = MetricsLog(self.path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            self._log.__exit__(kind, error, trace)
+            self._log = None
+
+    def restore(self, step: int, best_val_loss: float | None) -> int:
+        """Go back to ``step``: drop the lines beyond it (returns how many) and recall the last losses."""
+        dropped = drop_after(self.path, step)
+        self.best_val_loss = best_val_loss
+        for line in read_metrics(self.path):
+            if line["kind"] == "evaluation":
+                self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
+                self.best_val_loss = line["best_val_loss"]
+            elif line["kind"] == "step":
+                self.last_loss = line["loss"]
+        return dropped
+
+    def step_done(self, step: int, result: StepResult, learning_rate: float, seconds: float, epoch: float) -> None:
+        """Count a finished step; log it when a line is due: the first, the last and every ``log_interval``-th."""
+        self.last_loss = result.loss
+        if self._warm:  # a process's first step compiles and fills caches: its time says nothing of the others
+            self._steps += 1
+            self._seconds += seconds
+        self._warm = True
+        total = self.config.total_steps
+        if step != 1 and step != total and step % self.config.train.log_interval:
+            return
+        if self._steps:
+            seconds = self._seconds / self._steps
+        per_second = self.config.tokens_per_step / seconds if self._steps else None
+        self._steps, self._seconds = 0, 0.0
+        event = StepLogged(
+            step=step,
+            total_steps=total,
+            tokens=step * self.config.tokens_per_step,
+            loss=result.loss,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            tokens_per_second=per_second,
+            step_seconds=seconds,
+            mfu=self._mfu(per_second),
+            epoch=epoch,
+            **_memory(self.device),
+        )
+        line = asdict(event)
+        del line["total_steps"]  # the same in every line
+        self._write("step", line)
+        self.emit(event)
+
+    def evaluated(self, step: int, loss: float, seconds: float) -> None:
+        """Record an evaluation after ``step`` steps."""
+        self.val_loss, self.evaluated_step = loss, step
+        best = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
+        self.best_val_loss = best
+        event = Evaluated(step=step, val_loss=loss, best_val_loss=best, seconds=seconds)
+        tokens = step * self.config.tokens_per_step
+        self._write("evaluation", {**asdict(event), "train_loss": self.last_loss, "tokens": tokens})
+        self.emit(event)
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Record why a run cannot go on."""
+        self._write("stopped", {"step": step, "reason": reason})
+
+    def _mfu(self, tokens_per_second: float | None) -> float | None:
+        if tokens_per_second is None or self.peak_flops is None:
+            return None
+        return float(self.config.shape.flops_per_token * tokens_per_second / self.peak_flops)
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        if self._log is None:
+            raise RuntimeError("a Recorder writes only inside its with-block")
+        self._log.append(kind, values)
+
+
+def last_evaluation(path: Path) -> Line | None:
+    """The last evaluation line of a metrics file, if there is one."""
+    return next((line for line in reversed(read_metrics(path)) if line["kind"] == "evaluation"), None)
+
+
+def _memory(device: torch.device) -> dict[str, int | None]:
+    """Peak allocated and reserved bytes, and allocator retries, since the process began; None on a CPU."""
+    if device.type != "cuda":
+        return {"peak_allocated_bytes": None, "peak_reserved_bytes": None, "alloc_retries": None}
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
+    }
