@@ -230,7 +230,7 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
 LEARNING_RATES = ((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4), (2.7e9, 1.6e-4), (6.7e9, 1.2e-4))
 """Peak learning rate by parameters (GPT-3, Brown et al. 2020, table 2.1)."""
 SMALL_MODEL_EXPONENT, LARGEST_RATE = -0.47, 3e-3
-"""Below 125M the rate goes on rising with the slope that the table has between 125M and 1.3B, up to a stable maximum."""
+"""Below 125M the rate goes on rising with the slope of the table between 125M and 1.3B, up to a stable maximum."""
 
 
 def suggested_training(

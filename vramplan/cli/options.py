@@ -19,7 +19,7 @@ from ..units import gib, parse_bytes, parse_count
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """A number of bytes with its unit: 8.9GiB, 12GB."""
 
     name = "SIZE"
@@ -29,7 +29,7 @@ class Size(click.ParamType):
         return value if isinstance(value, int) else parse_bytes(str(value), _option(param))
 
 
-class Count(click.ParamType):
+class Count(click.ParamType[Any]):
     """A count: 125M, 1.5B, 524288."""
 
     name = "COUNT"
@@ -39,7 +39,7 @@ class Count(click.ParamType):
         return value if isinstance(value, int) else parse_count(str(value), _option(param))
 
 
-class Share(click.ParamType):
+class Share(click.ParamType[Any]):
     """A probability or fraction: 1%, 0.01."""
 
     name = "SHARE"

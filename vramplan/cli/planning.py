@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import rich_click as click
+from click.core import ParameterSource
 
 from ..errors import ConfigError, Problem
 from ..planner.gpu import find_gpu, load_gpus
@@ -216,7 +217,7 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 @click.option("--workload", type=_choice("workload"), help="[default: vramplan]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
-def estimate(ctx: click.Context, config: Path | None, as_json: bool, max_risk: float, **given: Any) -> None:
+def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_risk: float, **given: Any) -> None:
     """Memory of one configuration, from a file or from flags; with --gpu or --vram also fit, risk and speed.
 
     \b
@@ -260,7 +261,7 @@ def _configuration(
         from ..runconfig import RunConfig
 
         loaded = RunConfig.load(config)
-        explicit = {n for n in shape_values if ctx.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE}
+        explicit = {n for n in shape_values if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
         shape_values = {n: given[n] if n in explicit else getattr(loaded.model, n) for n in shape_values}
         step_values = loaded.step.model_dump() | ({} if given["gpu"] is None else step_values)
     names = {"compile_": "compile"} | {

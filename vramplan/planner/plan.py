@@ -14,7 +14,7 @@ from ..units import count, gib
 from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
 from .risk import OomRisk, needed_bytes, oom_risk
-from .search import Candidate, Grid, confirm, rank
+from .search import Grid, Ranking, confirm, rank
 from .shape import PUBLISHED, Shape, awkward, legal_neighbours, published_name
 from .speed import mfu, seconds_to_tokens, tokens_per_second
 from .step import StepConfig
@@ -112,7 +112,7 @@ def make_plan(
     """
     started = time.perf_counter()
     ranked = rank(grid, gpu, budget.budget_bytes, max_risk)
-    own = ranked if fastest_shape else [c for c in ranked if c.shape == grid.shapes[0]]
+    own = ranked if fastest_shape else ranked.of(grid.shapes[0])
     fits = confirm(own, gpu, budget.budget_bytes, max_risk, top)
     if not fits:
         raise DoesNotFitError(_nothing_fits(grid, gpu, budget.budget_bytes, max_risk))
@@ -122,8 +122,8 @@ def make_plan(
         reason = compare(plan, plans[0]) if plans else _why_best(plan, len(own), grid.size())
         plans.append(replace(plan, reason=reason))
     others: list[Plan] = []
-    for shape in [s for s in grid.shapes if s != plans[0].shape][:8]:
-        for fit in confirm([c for c in ranked if c.shape == shape], gpu, budget.budget_bytes, max_risk, 1):
+    for shape in [s for s in grid.shapes if s != plans[0].shape][:6]:
+        for fit in confirm(ranked.of(shape), gpu, budget.budget_bytes, max_risk, 1):
             plan = price_plan(len(others) + 1, fit.estimate, gpu, budget.budget_bytes, max_risk)
             others.append(replace(plan, reason=compare(plan, plans[0])))
     return PlanSet(
@@ -218,9 +218,11 @@ def _nothing_fits(grid: Grid, gpu: Gpu | None, budget_bytes: int, max_risk: floa
     return "\n".join(lines)
 
 
-def _least_memory(ranked: list[Candidate], gpu: Gpu | None, max_risk: float) -> tuple[int, StepConfig]:
-    few = sorted(ranked, key=lambda c: c.allocated_bytes)[:20]
-    priced = [(needed_bytes(estimate(c.shape, c.step, gpu).process_bytes, c.step, max_risk), c.step) for c in few]
+def _least_memory(ranked: Ranking, gpu: Gpu | None, max_risk: float) -> tuple[int, StepConfig]:
+    priced = [
+        (needed_bytes(estimate(c.shape, c.step, gpu).process_bytes, c.step, max_risk), c.step)
+        for c in ranked.least_memory(20)
+    ]
     need, step = min(priced, key=lambda p: p[0])
     return int(need), step
 

@@ -7,7 +7,7 @@ loss (full, or chunked with several slice sizes) x activation checkpointing x op
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from .risk import needed_bytes
 from .shape import Shape
 from .speed import tokens_per_second
 from .step import Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
+
+Numbers = Any  # numpy arrays
 
 LOSS_CHUNKS = (512, 1024, 2048, 4096)
 """Tokens per slice that the search tries."""
@@ -85,13 +87,40 @@ def check_tokens_per_step(tokens: int, block_size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One priced configuration. ``tokens_per_second`` is None on a CPU; ``cost`` is what the ranking minimises."""
+    """One priced configuration. ``tokens_per_second`` is None on a CPU."""
 
     shape: Shape
     step: StepConfig
     allocated_bytes: int
     tokens_per_second: float | None
-    order: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Candidates in order, best first, kept as arrays: only those that are looked at become objects."""
+
+    shapes: tuple[Shape, ...]
+    modes: tuple[StepConfig, ...]
+    columns: Numbers
+    has_speed: bool
+
+    def __len__(self) -> int:
+        return int(self.columns.shape[1])
+
+    def __iter__(self) -> Iterator[Candidate]:
+        for shape, mode, batch, accum, chunk, allocated, rate in self.columns.T:
+            step = replace(
+                self.modes[int(mode)], batch_size=int(batch), grad_accum=int(accum), loss_chunk_tokens=int(chunk)
+            )
+            yield Candidate(self.shapes[int(shape)], step, int(allocated), float(rate) if self.has_speed else None)
+
+    def of(self, shape: Shape) -> Ranking:
+        """Only the candidates of one shape, in the same order."""
+        return replace(self, columns=self.columns[:, self.columns[0] == self.shapes.index(shape)])
+
+    def least_memory(self, n: int) -> Ranking:
+        """The ``n`` candidates with the fewest allocated bytes."""
+        return replace(self, columns=self.columns[:, np.argsort(self.columns[5], kind="stable")[:n]])
 
 
 def quality_price(step: StepConfig, gpu: Gpu | None) -> int:
@@ -101,23 +130,20 @@ def quality_price(step: StepConfig, gpu: Gpu | None) -> int:
     return 1 if step.dtype == "float16" and gpu is not None and gpu.supports_bf16 else 0
 
 
-def price(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, dict[str, Any]]]:
-    """For each discrete mode, arrays over (shape, batch, slice) of allocated bytes and tokens/s, flattened."""
+def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, Numbers]]:
+    """For each discrete mode, over (shape, batch, slice) flattened: the step with arrays, shape indices, allocated."""
     batches = np.array(grid.batches, dtype=np.int64)
     sequences = grid.tokens_per_step // grid.shapes[0].block_size
     for mode in grid.modes():
         chunks = np.array(grid.loss_chunks if mode.loss == "chunked" else (mode.loss_chunk_tokens,), dtype=np.int64)
         for part in (batches[batches < sequences], batches[batches == sequences]):
-            if not len(part):
-                continue
-            index, batch, chunk = (
-                a.ravel() for a in np.meshgrid(np.arange(len(grid.shapes)), part, chunks, indexing="ij")
-            )
-            shape = _stack(grid.shapes, index)
-            step = replace(mode, batch_size=batch, grad_accum=sequences // batch, loss_chunk_tokens=chunk)
-            allocated = np.broadcast_to(peak_allocated(shape, step, gpu), batch.shape)
-            speed = tokens_per_second(shape, step, gpu) if gpu is not None else None
-            yield step, {"shape": index, "allocated": allocated, "tokens_per_second": speed}
+            if len(part):
+                index, batch, chunk = (
+                    a.ravel() for a in np.meshgrid(np.arange(len(grid.shapes)), part, chunks, indexing="ij")
+                )
+                step = replace(mode, batch_size=batch, grad_accum=sequences // batch, loss_chunk_tokens=chunk)
+                allocated = peak_allocated(_stack(grid.shapes, index), step, gpu)
+                yield step, index, np.broadcast_to(allocated, batch.shape)
 
 
 def _stack(shapes: tuple[Shape, ...], index: Any) -> Shape:
@@ -129,32 +155,35 @@ def _stack(shapes: tuple[Shape, ...], index: Any) -> Shape:
     )  # fmt: skip
 
 
-def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float) -> list[Candidate]:
+def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float) -> Ranking:
     """All candidates whose allocated bytes leave the risk within ``max_risk``, best first (all when no budget).
 
     Order: quality price, then tokens/s (on a CPU: recomputed FLOPs, then fewer micro-steps), then less memory.
     """
     context = context_bytes(gpu, grid.device)
-    found: list[Candidate] = []
-    for step, arrays in price(grid, gpu):
-        allocated, speed = arrays["allocated"], arrays["tokens_per_second"]
+    modes: list[StepConfig] = []
+    columns, qualities = [], []
+    for step, index, allocated in _priced(grid, gpu):
         keep = np.full(allocated.shape, True)
         if budget_bytes is not None:
             keep = needed_bytes(allocated + context, step, max_risk) <= budget_bytes
-        quality = quality_price(step, gpu)
-        for i in np.flatnonzero(keep):
-            one = replace(
-                step,
-                batch_size=int(step.batch_size[i]),
-                grad_accum=int(step.grad_accum[i]),
-                loss_chunk_tokens=int(step.loss_chunk_tokens[i]),
-            )
-            shape = grid.shapes[arrays["shape"][i]]
-            rate = float(speed[i]) if speed is not None else None
-            slow = -rate if rate is not None else float(_cpu_flops(shape, one))
-            order = (quality, slow, 0 if rate is not None else one.grad_accum, float(allocated[i]))
-            found.append(Candidate(shape, one, int(allocated[i]), rate, order))
-    return sorted(found, key=lambda c: c.order)
+        index = index[keep]
+        kept = replace(
+            step,
+            batch_size=step.batch_size[keep],
+            grad_accum=step.grad_accum[keep],
+            loss_chunk_tokens=step.loss_chunk_tokens[keep],
+        )
+        shape = _stack(grid.shapes, index)
+        rate = tokens_per_second(shape, kept, gpu) if gpu is not None else -_cpu_flops(shape, kept).astype(float)
+        sizes = (kept.batch_size, kept.grad_accum, kept.loss_chunk_tokens, allocated[keep], rate)
+        columns.append(np.array([index, np.full(index.shape, len(modes)), *sizes], dtype=float))
+        qualities.append(np.full(index.shape, quality_price(step, gpu)))
+        modes.append(step)
+    table = np.concatenate(columns, axis=1)
+    micro_steps = table[3] if gpu is None else np.zeros(table.shape[1])
+    order = np.lexsort((table[5], micro_steps, -table[6], np.concatenate(qualities)))
+    return Ranking(grid.shapes, tuple(modes), table[:, order], gpu is not None)
 
 
 def _cpu_flops(shape: Shape, step: StepConfig) -> Any:
@@ -173,7 +202,7 @@ class Fit:
     estimate: Estimate
 
 
-def confirm(ranked: list[Candidate], gpu: Gpu | None, budget_bytes: int, max_risk: float, top: int) -> list[Fit]:
+def confirm(ranked: Iterable[Candidate], gpu: Gpu | None, budget_bytes: int, max_risk: float, top: int) -> list[Fit]:
     """Walk down the ranking and keep the first ``top`` that still fit with what the allocator reserves on top.
 
     Candidates that differ from a kept one only in the slice size of the loss are passed over.

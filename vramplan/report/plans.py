@@ -61,7 +61,7 @@ def print_plans(
     plans: PlanSet, notes: Iterable[str], saved_as: Path | None = None, console: Console | None = None
 ) -> None:
     """The recommended plan, its memory, what to expect, and what lost against it."""
-    out = console or Console(highlight=False)
+    out = console or Console(highlight=False, soft_wrap=True)
     best = plans.plans[0]
     where = plans.gpu.name if plans.gpu else "this machine's memory"
     kept = (
@@ -133,7 +133,7 @@ def print_estimate(
     console: Console | None = None,
 ) -> None:  # fmt: skip
     """One configuration: peak, phase, breakdown, largest tensors, and the verdict when there is a budget."""
-    out = console or Console(highlight=False)
+    out = console or Console(highlight=False, soft_wrap=True)
     shape = estimate.shape
     out.print(f"[bold]{shape.label}[/], {shape.parameters:,} parameters, workload {estimate.step.workload}")
     for note in notes:

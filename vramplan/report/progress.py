@@ -21,7 +21,7 @@ class TrainingView:
 
     def __init__(self, config: RunConfig, *, quiet: bool = False, console: Console | None = None) -> None:
         self.config, self.quiet = config, quiet
-        self.out = console or Console(highlight=False)
+        self.out = console or Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 

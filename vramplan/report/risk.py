@@ -91,7 +91,7 @@ def build_report(
 
 def print_report(report: RiskReport, console: Console | None = None) -> None:
     """The report in the terminal."""
-    out = console or Console(highlight=False)
+    out = console or Console(highlight=False, soft_wrap=True)
     full, fits = report.estimate, report.risk.probability <= report.max_risk
     out.print(f"[bold]OOM-risk report[/] {report.title}")
     verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"

@@ -161,7 +161,8 @@ def _build(
         adjusted = None
         if min(result.tokens.values()) <= block_size:
             adjusted = block_size
-            chosen = choose_held_out(result.candidates, block_size + 1, result.total)
+            wanted = int(data.validation_fraction * result.total)
+            chosen = choose_held_out(result.candidates, block_size + 1, wanted, result.total)
             if chosen or result.tokens["val"]:
                 result = _write_pass(sources, building, tokenizer, data, chosen, on_event)
         manifest = Manifest(
@@ -220,8 +221,8 @@ def document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def choose_held_out(candidates: dict[int, int], minimum: int, total: int) -> frozenset[int]:
-    """Hashes of the documents to hold out so that they have at least ``minimum`` tokens, but no more than half.
+def choose_held_out(candidates: dict[int, int], minimum: int, wanted: int, total: int) -> frozenset[int]:
+    """Hashes of the documents to hold out: ``wanted`` tokens, at least ``minimum``, and no more than half of all.
 
     ``candidates`` maps document hashes to tokens. Taken in the order of their hashes. Empty when no choice reaches the
     minimum: fewer tokens would be lost to training without making an evaluation possible.
@@ -229,7 +230,7 @@ def choose_held_out(candidates: dict[int, int], minimum: int, total: int) -> fro
     chosen: set[int] = set()
     tokens = 0
     for key in sorted(candidates):
-        if tokens >= minimum:
+        if tokens >= max(minimum, wanted):
             break
         if tokens + candidates[key] <= total // 2:
             chosen.add(key)
@@ -284,7 +285,7 @@ def _prepared(shards: ShardSet, reused: bool, block_size: int) -> Prepared:
         )
     elif shards.manifest.adjusted_for_block:
         share = shards.val_tokens / (shards.val_tokens + shards.train_tokens)
-        notes.append(f"{share:.1%} of the tokens are held out: less would not fill one block of {block_size}")
+        notes.append(f"{share:.1%} of the tokens are held out, chosen so that they fill a block of {block_size}")
     return Prepared(
         directory=shards.directory,
         reused=reused,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..planner.step import StepConfig
 
-
 Slice = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

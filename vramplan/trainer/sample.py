@@ -49,14 +49,12 @@ def sample(
     device: torch.device | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> str:
-    """Continue ``prompt``; the continuation alone. See :func:`stream_sample`."""
-    pieces = stream_sample(
-        run_dir, prompt, max_new_tokens, temperature, top_k, seed, device=device, tokenizer=tokenizer
-    )
+    """Continue ``prompt``; the continuation alone. See :func:`stream`."""
+    pieces = stream(run_dir, prompt, max_new_tokens, temperature, top_k, seed, device=device, tokenizer=tokenizer)
     return "".join(pieces)
 
 
-def stream_sample(
+def stream(
     run_dir: str | Path,
     prompt: str,
     max_new_tokens: int = 200,
