@@ -49,12 +49,12 @@ def parse_count(text: str, field: str = "count") -> int:
 
 
 def gib(n_bytes: float, digits: int = 2) -> str:
-    """``12558041088`` -> ``"11.70 GiB"``; sizes under 0.1 GiB in MiB, under 0.1 MiB in bytes."""
+    """``12558041088`` -> ``"11.70 GiB"``; sizes under 0.1 GiB in MiB, under 0.1 MiB in KiB."""
     if abs(n_bytes) >= 0.1 * GIB or n_bytes == 0:
         return f"{n_bytes / GIB:.{digits}f} GiB"
     if abs(n_bytes) >= 0.1 * MIB:
         return f"{n_bytes / MIB:.1f} MiB"
-    return f"{int(n_bytes)} B"
+    return f"{n_bytes / KIB:.1f} KiB"
 
 
 def count(n: float) -> str:

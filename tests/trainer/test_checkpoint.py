@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 
 import pytest
@@ -114,8 +115,8 @@ def test_every_flipped_byte_of_a_weight_is_noticed(folder):
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         info = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
-    end = content.index(b"PK\x07\x08", info.header_offset) if b"PK\x07\x08" in content else None
-    start = (end or info.header_offset + 512) - info.file_size
+    name_bytes, extra_bytes = struct.unpack_from("<HH", content, info.header_offset + 26)
+    start = info.header_offset + 30 + name_bytes + extra_bytes
     for offset in range(start, start + info.file_size, info.file_size // 20):
         flipped = bytearray(content)
         flipped[offset] ^= 0x10
@@ -178,4 +179,4 @@ def test_what_cannot_be_read_back_never_gets_its_name(folder, monkeypatch):
 
 def test_a_compiled_model_is_saved_under_plain_names():
     model = GPT(SHAPE, STEP)
-    assert plain_state_dict(torch.compile(model)).keys() == model.state_dict().keys()
+    assert plain_state_dict(torch.compile(model, backend="eager")).keys() == model.state_dict().keys()

@@ -135,16 +135,15 @@ def test_saving_comes_before_evaluating(shards, tmp_path):
 
 
 def test_a_run_that_dies_in_an_evaluation_was_saved(shards, tmp_path, monkeypatch):
-    def die(self, batches):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     cfg = config(eval_interval=8)
     original = module.TrainStep.evaluate
     calls = []
 
     def second_dies(self, batches):
         calls.append(1)
-        return original(self, batches) if len(calls) == 1 else die(self, batches)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, batches)
 
     monkeypatch.setattr(module.TrainStep, "evaluate", second_dies)
     with pytest.raises(torch.OutOfMemoryError):
@@ -429,9 +428,10 @@ def test_a_finished_run_says_so(shards, tmp_path):
 
 
 def test_other_threads_on_resume_are_noted(shards, tmp_path):
-    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    cfg = config(max_steps=4, eval_batches=1)
+    train(cfg, shards, tmp_path / "run", device=CPU, on_event=stop_at(3, []))
     torch.set_num_threads(2)
-    _, events = run(shards, tmp_path / "run", resume=True)
+    _, events = run(shards, tmp_path / "run", cfg, resume=True)
     assert "CPU threads: 1 before, 2 now; losses may differ in the last digits" in of(events, RunStarted)[0].notes
 
 

@@ -182,7 +182,7 @@ def free_memory(config: RunConfig) -> tuple[int | None, str]:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", default="\n", help="Text to continue. [default: a new line]")
+@click.option("--prompt", default="", help="Text to continue. [default: the start of a document]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")
 @click.option("--top-k", type=click.IntRange(1), default=200, show_default=True)
@@ -195,6 +195,7 @@ def sample(run: Path, device: str, **options: Any) -> None:
     from ..trainer.sample import stream
 
     chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    click.echo(options["prompt"], nl=False)
     for piece in stream(run, device=torch.device(chosen), **options):
         click.echo(piece, nl=False)
     click.echo()

@@ -16,12 +16,18 @@ from __future__ import annotations
 import numpy as np
 
 from .eager import EagerStep, Saved, _plain
-from .shape import Ints
+from .shape import Ints, Shape
+from .step import StepConfig
 from .tape import Row
 
 
 class CompiledStep(EagerStep):
     """Writes the table of a compiled step; what it does not override is as in eager mode."""
+
+    def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
+        super().__init__(shape, step, workspace_bytes)
+        self._outputs: list[Row] = []  # gradients that the backward graph returns, once
+        self._block_outputs: list[Row] = []  # and once per block
 
     def _norm_forward(self, name: str) -> Saved:
         t = self.tape
@@ -89,7 +95,7 @@ class CompiledStep(EagerStep):
             self._dx = t.row("gradient of the residual stream", "temporaries", self.r * hN)
         t.alloc(self._dx)
         for part in ["weight", "bias"] if self.shape.bias else ["weight"]:
-            t.new(f"{name}.{part} gradient", "gradients", 4 * self.h)
+            self._outputs.append(t.new(f"{name}.{part} gradient", "gradients", 4 * self.h))
         t.free(incoming, x, saved[f"{name}.mean"], saved[f"{name}.rstd"])
         if carried is not None:
             t.free_oldest(carried)
@@ -98,8 +104,16 @@ class CompiledStep(EagerStep):
     def _parameter_gradient(self, name: str, fresh: Row, elements: Ints, cast: bool) -> None:
         """Every gradient stays until the graph returns, whether ``.grad`` exists or not."""
         if cast:
-            self.tape.new(f"{name} gradient, float32", "gradients", 4 * elements)
+            full = self.tape.new(f"{name} gradient, float32", "gradients", 4 * elements)
             self.tape.free(fresh)
+            fresh = full
+        self._outputs.append(fresh)
+
+    def _blocks_backward(self, saved: Saved, x: Row, dx: Row) -> None:
+        outside = len(self._outputs)
+        super()._blocks_backward(saved, x, dx)
+        self._block_outputs = self._outputs[outside:]
+        del self._outputs[outside:]
 
     def _gelu_backward(self, din: Row, saved: Saved) -> Row:
         self.tape.free(saved["fc"])
@@ -107,6 +121,10 @@ class CompiledStep(EagerStep):
 
     def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
         t, h, s = self.tape, self.h, self.shape
-        t.new("wpe gradient", "gradients", 4 * h * s.block_size)
-        t.new("wte gradient", "gradients", 4 * s.vocab_size * h)
+        self._outputs.append(t.new("wpe gradient", "gradients", 4 * h * s.block_size))
+        self._outputs.append(t.new("wte gradient", "gradients", 4 * s.vocab_size * h))
         t.free(dx, head_grad)
+        if self.accumulates:  # the graph has returned: each gradient is added to ``.grad`` and gone
+            t.free(*self._outputs)
+            with t.repeat(s.n_layer):
+                t.free(*self._block_outputs)

@@ -7,6 +7,7 @@ loss (full, or chunked with several slice sizes) x activation checkpointing x op
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +56,7 @@ class Grid:
         wrong = [b for b in self.batch_sizes if b not in every]
         if wrong:
             rule = f"does not divide the {sequences} sequences of a step"
-            near = sorted(every, key=lambda b: abs(b - wrong[0]))[:4]
+            near = sorted(every, key=lambda b: abs(math.log(b / max(1, wrong[0]))))[:4]
             raise ConfigError(Problem("batch_size", wrong[0], rule, f"use {', '.join(map(str, sorted(near)))}"))
         return self.batch_sizes
 

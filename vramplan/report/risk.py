@@ -117,7 +117,7 @@ def print_report(report: RiskReport, console: Console | None = None) -> None:
 def _lever_table(report: RiskReport) -> Table:
     table = Table(title="\nLevers, one at a time", title_justify="left", box=None, padding=(0, 2))
     for name in ("change", "needs", "saves", "speed", "largest batch"):
-        table.add_column(name, justify="left" if name == "change" else "right")
+        table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
     for lever in report.levers:
         speed = "n/a" if lever.speed_ratio is None else f"{lever.speed_ratio:.2f}x"
         largest = str(lever.largest_batch) if lever.largest_batch else "none fits"

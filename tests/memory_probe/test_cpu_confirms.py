@@ -1,0 +1,266 @@
+"""Real optimizer steps on this machine's CPU have the size, the composition and the place that the table says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from vramplan.errors import ConfigError
+from vramplan.memory_probe.cpu import CpuMeasurement, measure_cpu_step
+from vramplan.planner.memory import Estimate, estimate
+from vramplan.planner.shape import Shape
+from vramplan.planner.step import StepConfig
+from vramplan.runconfig import RunConfig
+from vramplan.trainer.model import GPT
+from vramplan.trainer.optimizer import build_optimizer
+from vramplan.trainer.step import TrainStep
+
+PEAK_TOLERANCE = 0.005
+NET_TOLERANCE = 0.01
+CATEGORY_SHARE = 0.20
+
+SHAPES = {
+    # float32 products are fast here, half precision's are not: smaller vocabulary and width
+    "wide vocabulary": Shape(n_layer=2, n_head=4, n_embd=128, vocab_size=4096, block_size=128),
+    "deep": Shape(n_layer=8, n_head=2, n_embd=64, vocab_size=512, block_size=128),
+    "one layer": Shape(n_layer=1, n_head=4, n_embd=128, vocab_size=67, block_size=256),
+    "all embedding": Shape(n_layer=1, n_head=2, n_embd=64, vocab_size=12_000, block_size=32),
+    "all blocks": Shape(n_layer=3, n_head=4, n_embd=256, vocab_size=256, block_size=32),
+    "half": Shape(n_layer=3, n_head=2, n_embd=48, vocab_size=384, block_size=64),
+    "odd": Shape(n_layer=2, n_head=3, n_embd=60, vocab_size=1001, block_size=77),
+}
+STEP = StepConfig(batch_size=4, dtype="float32", loss="full", device="cpu")
+
+
+def case(shape: str, batch_size: int, *, bias: bool = False, tied: bool = True, **step: Any) -> Any:
+    config = (
+        replace(SHAPES[shape], bias=bias, tied=tied),
+        replace(STEP, batch_size=batch_size, **step),
+    )
+    words = [shape, f"batch {batch_size}", *(["bias"] if bias else []), *([] if tied else ["untied"])]
+    return pytest.param(config, id=", ".join([*words, *(f"{k}={v}" for k, v in step.items())]))
+
+
+def chunked(tokens: int) -> dict[str, Any]:
+    return {"loss": "chunked", "loss_chunk_tokens": tokens}
+
+
+BLOCK: dict[str, Any] = {"checkpointing": "block"}
+FOREACH: dict[str, Any] = {"optimizer": "adamw-foreach"}
+EIGHT_BIT: dict[str, Any] = {"optimizer": "adamw8bit"}
+BF16: dict[str, Any] = {"dtype": "bfloat16"}
+FP16: dict[str, Any] = {"dtype": "float16"}
+
+CASES = [
+    case("wide vocabulary", 4),
+    case("wide vocabulary", 4, grad_accum=3, tied=False),
+    case("wide vocabulary", 8, bias=True, **FOREACH),
+    case("wide vocabulary", 4, grad_accum=3, bias=True, **EIGHT_BIT),
+    case("wide vocabulary", 8, **chunked(256)),
+    case("wide vocabulary", 8, grad_accum=3, tied=False, **chunked(100)),
+    case("wide vocabulary", 4, **chunked(128), **BLOCK),
+    case("wide vocabulary", 4, tied=False, bias=True, **chunked(512), **BLOCK, **FOREACH),
+    case("deep", 8),
+    case("deep", 8, bias=True, tied=False, grad_accum=3, **FOREACH),
+    case("deep", 8, **chunked(200)),
+    case("deep", 16, **BLOCK),
+    case("deep", 16, bias=True, grad_accum=3, **chunked(1024), **BLOCK),
+    case("deep", 4, **chunked(64), **EIGHT_BIT),
+    case("one layer", 8),
+    case("one layer", 8, bias=True, **BLOCK),
+    case("one layer", 8, grad_accum=3, tied=False, **chunked(300), **BLOCK),
+    case("all embedding", 4, **chunked(16), **BLOCK),
+    case("all embedding", 4, bias=True, grad_accum=3, **chunked(16)),
+    case("all embedding", 4, **chunked(16), **EIGHT_BIT),
+    case("all embedding", 4, tied=False, **chunked(16), **FOREACH),
+    case("all blocks", 4, **FOREACH),
+    case("all blocks", 4, grad_accum=3, bias=True, **chunked(64), **FOREACH),
+    case("all blocks", 4, **EIGHT_BIT),
+    case("all blocks", 4, grad_accum=3, **BLOCK, **EIGHT_BIT),
+    case("odd", 5, bias=True),
+    case("odd", 5, tied=False, grad_accum=3, **chunked(97), **BLOCK),
+    case("odd", 1, bias=True, **EIGHT_BIT),
+    case("half", 4, **BF16),
+    case("half", 4, **FP16),
+    case("half", 4, bias=True, tied=False, grad_accum=3, **BF16),
+    case("half", 4, bias=True, grad_accum=3, **FP16, **FOREACH),
+    case("half", 4, **chunked(100), **BF16),
+    case("half", 4, tied=False, bias=True, **chunked(64), **FP16),
+    case("half", 4, **BLOCK, **BF16),
+    case("half", 4, bias=True, grad_accum=3, **chunked(64), **BLOCK, **BF16),
+    case("half", 4, tied=False, **BLOCK, **FP16, **EIGHT_BIT),
+    case("half", 1, **chunked(32), **BLOCK, **BF16, **EIGHT_BIT),
+    case("half", 1, grad_accum=3, **FP16, **chunked(32), **BLOCK, **FOREACH),
+]
+CONFIGS: list[tuple[Shape, StepConfig]] = [case.values[0] for case in CASES]
+
+
+@cache
+def measured(config: tuple[Shape, StepConfig]) -> CpuMeasurement:
+    return measure_cpu_step(config)
+
+
+@cache
+def estimated(config: tuple[Shape, StepConfig]) -> Estimate:
+    return estimate(*config)
+
+
+def persistent(e: Estimate) -> int:
+    """Weights and optimizer states, without the gradients that accumulation keeps."""
+    return sum(int(c.row.size) for c in e.changes if c.phase == "persistent" and c.row.category != "gradients")
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_the_estimate_is_what_a_real_step_needs(config: tuple[Shape, StepConfig]) -> None:
+    real, e = measured(config), estimated(config)
+    assert e.peak_allocated_bytes == pytest.approx(real.peak_bytes, rel=PEAK_TOLERANCE)
+    net, real_net = e.peak_allocated_bytes - persistent(e), real.peak_bytes - real.persistent_bytes
+    assert net == pytest.approx(real_net, rel=NET_TOLERANCE)
+    assert persistent(e) == real.persistent_bytes
+    assert (e.peak_phase, real.peak_operation != "") == (real.peak_phase, True)
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_every_phase_is_estimated_not_only_the_highest(config: tuple[Shape, StepConfig]) -> None:
+    real, e = measured(config), estimated(config)
+    assert set(real.phase_peaks) == set(e.phase_peaks) - {"persistent"}
+    for phase, peak in real.phase_peaks.items():
+        assert e.phase_peaks[phase] == pytest.approx(peak, rel=PEAK_TOLERANCE), phase
+
+
+def test_the_cases_cover_every_setting() -> None:
+    assert len(CONFIGS) == len(set(CONFIGS)) >= 30
+    for field, values in {
+        "dtype": {"float32", "bfloat16", "float16"},
+        "loss": {"full", "chunked"},
+        "checkpointing": {"none", "block"},
+        "grad_accum": {1, 3},
+        "optimizer": {"adamw-fused", "adamw-foreach", "adamw8bit"},
+    }.items():
+        assert {getattr(step, field) for _, step in CONFIGS} == values
+    assert {(shape.bias, shape.tied) for shape, _ in CONFIGS} == {(b, t) for b in (True, False) for t in (True, False)}
+
+
+def test_every_category_is_a_large_part_of_some_confirmed_peak() -> None:
+    """A tensor that is missing from the table would show: it is never a rounding error everywhere."""
+    largest: dict[str, float] = {}
+    for config in CONFIGS:
+        e = estimated(config)
+        for category, size in e.breakdown.items():
+            largest[category] = max(largest.get(category, 0.0), size / e.peak_allocated_bytes)
+    for category in ("weights", "gradients", "optimizer", "activations", "logits_and_loss", "temporaries"):
+        assert largest[category] >= CATEGORY_SHARE, category
+
+
+def test_different_phases_win() -> None:
+    winners = Counter(measured(config).peak_phase for config in CONFIGS)
+    assert {"loss forward", "loss backward", "block backward", "embedding backward", "optimizer step"} <= set(winners)
+
+
+def test_the_peaks_are_not_all_optimizer_state() -> None:
+    shares = [1 - persistent(estimated(c)) / estimated(c).peak_allocated_bytes for c in CONFIGS]
+    assert sorted(shares)[len(shares) // 2] > 0.5
+
+
+# ------------------------------------------------------------------- other witnesses
+
+
+def run_steps(shape: Shape, step: StepConfig, steps: int, watch: Any = None) -> None:
+    model = GPT(shape, step)
+    optimizer = build_optimizer(model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    train = TrainStep(model, optimizer, step, grad_clip=1.0, device=torch.device("cpu"))
+    if watch is not None:
+        watch(model, optimizer)
+    for i in range(steps):
+        with record_function(f"step {i}"):
+            train(
+                (
+                    tuple(torch.randint(0, shape.vocab_size, (step.batch_size, shape.block_size)) for _ in "xy")
+                    for _ in range(step.grad_accum)
+                ),
+                1e-3,
+            )
+
+
+def allocator_peak(shape: Shape, step: StepConfig) -> int:
+    """Most bytes that the CPU allocator itself had handed out during the third step, kernels' scratch included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run_steps(shape, step, 3)
+    found: list[tuple[int, int, bool]] = []
+
+    def walk(event: Any, last: bool) -> None:
+        last = last or event.name == "step 2"
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size, last))
+        for child in event.children:
+            walk(child, last)
+
+    for root in profiler.profiler.kineto_results.experimental_event_tree():
+        walk(root, False)
+    level, peak = 0, 0
+    for _, size, last in sorted(found, key=lambda event: event[0]):
+        level += size
+        peak = max(peak, level) if last else peak
+    return peak
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        case("wide vocabulary", 4),
+        case("wide vocabulary", 4, grad_accum=3, tied=False, **chunked(128)),
+        case("deep", 8, **BLOCK),
+        case("all embedding", 4, bias=True, grad_accum=3, **chunked(16)),
+        case("all embedding", 4, **chunked(16), **BLOCK),
+        case("all blocks", 4, **FOREACH),
+    ],
+)
+def test_the_allocator_itself_agrees_with_the_meter(config: tuple[Shape, StepConfig]) -> None:
+    assert measured(config).peak_bytes == pytest.approx(allocator_peak(*config), rel=0.01)
+
+
+@pytest.mark.parametrize("config", [case("wide vocabulary", 4), case("deep", 8, bias=True, tied=False)])
+def test_torchs_own_tracker_agrees(config: tuple[Shape, StepConfig]) -> None:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    shape, step = config
+
+    with tracker:
+        run_steps(shape, step, 2, lambda model, optimizer: tracker.track_external(model, optimizer))
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert estimated(config).peak_allocated_bytes == pytest.approx(peak, rel=0.01)
+
+
+# ------------------------------------------------------------------- the function's own rules
+
+
+def test_a_run_configuration_can_be_measured_as_it_is() -> None:
+    shape, step = SHAPES["half"], replace(STEP, batch_size=1)
+    assert measure_cpu_step(RunConfig.build(shape, step), steps=2) == measure_cpu_step((shape, step), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"device": "cuda"}, "device"),
+        ({"compile": True}, "compile"),
+        ({"workload": "nanogpt"}, "workload"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_what_a_cpu_step_cannot_confirm_is_refused(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        measure_cpu_step((SHAPES["half"], replace(STEP, **change)))
+
+
+def test_one_step_is_not_enough() -> None:
+    with pytest.raises(ConfigError, match="steps=1 must be at least 2"):
+        measure_cpu_step((SHAPES["half"], STEP), steps=1)
