@@ -100,7 +100,7 @@ def test_every_split_keeps_the_tokens_per_step_exactly():
 def test_an_impossible_total_names_the_nearest_ones():
     with pytest.raises(ConfigError, match="524288 or 525312"):
         check_tokens_per_step(524_300, 1024)
-    with pytest.raises(ConfigError, match="nearest totals: 1024$"):
+    with pytest.raises(ConfigError, match=r"nearest totals: 1024$"):
         check_tokens_per_step(1000, 1024)
 
 

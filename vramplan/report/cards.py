@@ -11,6 +11,7 @@ from rich.table import Table
 from ..planner.gpu import Gpu
 from ..planner.speed import efficiency
 from ..units import GIB, MIB
+from .console import console
 
 
 def card_dict(gpu: Gpu) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _rates(gpu: Gpu) -> dict[str, float | None]:
     return {dtype: gpu.peak_flops(dtype) for dtype in (*halves, "float32")}
 
 
-def print_cards(gpus: Sequence[Gpu], console: Console | None = None) -> None:
+def print_cards(gpus: Sequence[Gpu], out: Console | None = None) -> None:
     """The whole catalogue as a table."""
     table = Table(title=f"{len(gpus)} cards", caption="~ derived, not measured", title_justify="left", box=None)
     for name in ("card", "memory MiB", "usable MiB", "half TFLOPS", "GB/s", "sm"):
@@ -51,12 +52,12 @@ def print_cards(gpus: Sequence[Gpu], console: Console | None = None) -> None:
             f"{gpu.bandwidth_bytes_per_second / 1e9:.0f}",
             f"{gpu.capability[0]}.{gpu.capability[1]}",
         )
-    (console or Console()).print(table)
+    (out or console()).print(table)
 
 
-def print_card(gpu: Gpu, console: Console | None = None) -> None:
+def print_card(gpu: Gpu, out: Console | None = None) -> None:
     """One card with where its figures come from."""
-    out = console or Console()
+    out = out or console()
     out.print(f"[bold]{gpu.name}[/] ({gpu.architecture}, sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.market})")
     how = "measured" if gpu.usable_measured else "derived, not measured"
     out.print(

@@ -14,6 +14,7 @@ from ..planner.plan import Plan, PlanSet
 from ..planner.shape import published_name
 from ..planner.step import tokens_per_step
 from ..units import count, duration, gib
+from .console import console
 
 BREAKDOWN = (
     # what a person reads, and the categories of the table behind it
@@ -57,11 +58,9 @@ def sentence(plan: Plan) -> str:
     )
 
 
-def print_plans(
-    plans: PlanSet, notes: Iterable[str], saved_as: Path | None = None, console: Console | None = None
-) -> None:
+def print_plans(plans: PlanSet, notes: Iterable[str], saved_as: Path | None = None, out: Console | None = None) -> None:
     """The recommended plan, its memory, what to expect, and what lost against it."""
-    out = console or Console(highlight=False, soft_wrap=True)
+    out = out or console()
     best = plans.plans[0]
     where = plans.gpu.name if plans.gpu else "this machine's memory"
     kept = (
@@ -130,10 +129,10 @@ def _bar(share: float, ink: str = "█", width: int = 40) -> str:
 
 def print_estimate(
     estimate: Estimate, plan: Plan | None, budget: Budget | None, notes: Iterable[str], max_risk: float,
-    console: Console | None = None,
+    out: Console | None = None,
 ) -> None:  # fmt: skip
     """One configuration: peak, phase, breakdown, largest tensors, and the verdict when there is a budget."""
-    out = console or Console(highlight=False, soft_wrap=True)
+    out = out or console()
     shape = estimate.shape
     out.print(f"[bold]{shape.label}[/], {shape.parameters:,} parameters, workload {estimate.step.workload}")
     for note in notes:

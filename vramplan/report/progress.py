@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from ..runconfig import RunConfig
 from ..trainer import events
 from ..units import count, duration, gib
+from .console import console
 
 FAR_FROM_TARGET = 0.10
 """A model this far (fraction) from the size asked for is worth a warning."""
@@ -19,9 +20,9 @@ FAR_FROM_TARGET = 0.10
 class TrainingView:
     """Callable for ``on_event``. On a terminal a bar runs below the lines; elsewhere only lines are printed."""
 
-    def __init__(self, config: RunConfig, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, config: RunConfig, *, quiet: bool = False, out: Console | None = None) -> None:
         self.config, self.quiet = config, quiet
-        self.out = console or Console(highlight=False, soft_wrap=True)
+        self.out = out or console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 

@@ -16,6 +16,7 @@ from ..planner.risk import OomRisk, needed_bytes, oom_risk
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..units import gib
+from .console import console
 from .plans import breakdown_table, percent
 
 
@@ -89,9 +90,9 @@ def build_report(
     )
 
 
-def print_report(report: RiskReport, console: Console | None = None) -> None:
+def print_report(report: RiskReport, out: Console | None = None) -> None:
     """The report in the terminal."""
-    out = console or Console(highlight=False, soft_wrap=True)
+    out = out or console()
     full, fits = report.estimate, report.risk.probability <= report.max_risk
     out.print(f"[bold]OOM-risk report[/] {report.title}")
     verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
