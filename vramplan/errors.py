@@ -22,7 +22,10 @@ class VramplanError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with the input: which field, its value, the rule it breaks, and what to do instead."""
+    """One thing wrong with the input: which field, its value, the rule it breaks, and what to do instead.
+
+    The value ``"missing"`` says that there was none; it is not shown.
+    """
 
     field: str
     value: object
@@ -30,8 +33,8 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        shown = f'"{self.value}"' if isinstance(self.value, str) else str(self.value)
-        text = f"{self.field}={shown} {self.rule}"
+        shown = f'="{self.value}"' if isinstance(self.value, str) else f"={self.value}"
+        text = f"{self.field}{'' if self.value == 'missing' else shown} {self.rule}"
         return f"{text}: {self.remedy}" if self.remedy else text
 
 
@@ -49,6 +52,10 @@ class ConfigError(VramplanError):
         else:
             text = f"{head}{len(self.problems)} problems\n" + "\n".join(f"  * {p}" for p in self.problems)
         super().__init__(text)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...], str]]:
+        """Pickle by problems and source, so that the error survives the way out of a worker process."""
+        return type(self), (self.problems, self.source)
 
 
 class DataError(ConfigError):

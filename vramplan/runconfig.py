@@ -6,11 +6,12 @@ Sections: ``[model]`` the shape, ``[step]`` what decides memory, ``[train]`` the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,7 +32,7 @@ from .planner.step import (
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -138,8 +139,9 @@ class RunConfig(_Section):
     @classmethod
     def build(cls, shape: Shape, step: StepConfig, **sections: dict[str, Any]) -> Self:
         """Make a run configuration from planner types plus optional ``train=``, ``data=``, ``plan=`` dictionaries."""
-        model = {name: getattr(shape, name) for name in ModelSection.model_fields}
-        return cls.parse({"model": model, "step": {n: getattr(step, n) for n in StepSection.model_fields}, **sections})
+        model = {name: _plain(getattr(shape, name)) for name in ModelSection.model_fields}
+        settings = {name: _plain(getattr(step, name)) for name in StepSection.model_fields}
+        return cls.parse({"model": model, "step": settings, **sections})
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "") -> Self:
@@ -149,7 +151,7 @@ class RunConfig(_Section):
         except ValidationError as error:
             problems = [_problem(cls, e) for e in error.errors()]
             raise ConfigError([*problems, *_section_problems(data)], source) from None
-        problems = [*check_shape(config.shape), *check_step(config.step_config), *_train_problems(config)]
+        problems = [*check_shape(config.shape), *check_step(config.step_config), *_train_problems(config.train)]
         if problems:
             raise ConfigError(problems, source)
         return config
@@ -159,7 +161,7 @@ class RunConfig(_Section):
         """Read a TOML file. Raises ConfigError when it is missing, not TOML, or not a valid run."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
         except FileNotFoundError:
             raise ConfigError(Problem("config", str(path), "does not exist")) from None
         except (OSError, UnicodeDecodeError) as error:
@@ -173,27 +175,53 @@ class RunConfig(_Section):
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     def save(self, path: str | Path) -> None:
-        """Write the TOML atomically: a temporary file beside it, flushed, then renamed."""
+        """Write the TOML atomically: a temporary file beside it, flushed, then renamed. Raises ConfigError."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as f:
-            f.write(self.to_toml())
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as f:
+                f.write(self.to_toml())
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(Problem("config", str(path), f"cannot be written ({error.strerror})")) from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as the Python number it stands for; TOML and strict validation know no other."""
+    return value.item() if hasattr(value, "item") else value
+
+
+S = TypeVar("S", bound=_Section)
 
 
 def _section_problems(data: dict[str, Any]) -> list[Problem]:
-    """Cross-field problems of sections that are well-typed, when another section is not."""
+    """Cross-field problems of the sections whose known keys are sound, when something else is not."""
+    problems: list[Problem] = []
+    if (model := _known_part(ModelSection, data.get("model"))) is not None:
+        problems += check_shape(Shape(**model.model_dump()))
+    if (step := _known_part(StepSection, data.get("step"))) is not None:
+        problems += check_step(StepConfig(**step.model_dump()))
+    if (train := _known_part(TrainSection, data.get("train", {}))) is not None:
+        problems += _train_problems(train)
+    return problems
+
+
+def _known_part(section: type[S], data: Any) -> S | None:
+    """A section without its unknown keys, or None when it is unsound: then it is reported field by field."""
+    if not isinstance(data, dict):
+        return None
     try:
-        model = ModelSection.model_validate(data.get("model"))
+        return section.model_validate({key: value for key, value in data.items() if key in section.model_fields})
     except ValidationError:
-        return []  # reported field by field
-    return check_shape(Shape(**model.model_dump()))
+        return None
 
 
-def _train_problems(config: RunConfig) -> list[Problem]:
-    t = config.train
+def _train_problems(t: TrainSection) -> list[Problem]:
     if t.min_learning_rate > t.learning_rate:
         remedy = f"use at most {t.learning_rate:g}"
         return [Problem("train.min_learning_rate", t.min_learning_rate, "is above learning_rate", remedy)]
@@ -205,16 +233,25 @@ def _problem(model: type[BaseModel], error: Any) -> Problem:
     path = [str(part) for part in error["loc"]]
     dotted = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return Problem(
-            dotted, error["input"], "is not a known key", did_you_mean(path[-1], _known_keys(model, path[:-1]))
-        )
+        return Problem(dotted, error["input"], "is not a known key", _unknown_key_remedy(model, path))
     if error["type"] == "missing":
-        return Problem(dotted, "missing", "is required")
+        remedy = f"add {path[-1]} to [{path[0]}]" if path[1:] else f"add a section [{path[0]}]"
+        return Problem(dotted, "missing", "is required", remedy)
+    if error["type"] == "model_type":
+        return Problem(dotted, error["input"], "is not a section", f"write [{dotted}] and its keys below")
     if error["type"] == "literal_error":
         known = [w.strip(" '") for w in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
         return Problem(dotted, error["input"], "is not one of the choices", did_you_mean(str(error["input"]), known))
     message = str(error["msg"])
     return Problem(dotted, error["input"], message.replace("Input should", "should"))
+
+
+def _unknown_key_remedy(model: type[BaseModel], path: list[str]) -> str:
+    """Where a key belongs that is right in another section, or else what it may be a misspelling of."""
+    home = next((name for name in model.model_fields if path[-1] in _known_keys(model, [name])), None)
+    if home is not None and path[-1] not in model.model_fields:
+        return f"it belongs in [{home}]"
+    return did_you_mean(path[-1], _known_keys(model, path[:-1]))
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ Inside the program bytes and counts are ``int``. GiB is 2**30 bytes, GB is 10**9
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import ConfigError, Problem
@@ -17,13 +18,17 @@ _BYTES = {
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 2**40,
 }  # fmt: skip
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_NUMBER = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(
+    # commas only between groups of three: "8,9GiB" is how half the world writes 8.9, and must not become 89
+    r"\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*"
+)
+_LARGEST = 2**62
 
 
 def parse_bytes(text: str, field: str = "size") -> int:
-    """Parse ``"8.9GiB"`` or ``"12GB"`` into bytes. The unit is required: a bare number is ambiguous.
+    """Parse ``"8.9GiB"`` or ``"12GB"`` into bytes. The unit is required: a bare number is ambiguous. Zero is a size.
 
-    Raises ConfigError for a missing or unknown unit or a size that is not positive.
+    Raises ConfigError for anything else: no unit, an unknown one, a sign, a decimal comma.
     """
     match = _NUMBER.fullmatch(text)
     if match is None:
@@ -33,7 +38,7 @@ def parse_bytes(text: str, field: str = "size") -> int:
         rule = f"has the unknown unit {unit}" if unit else "has no unit"
         shown = number.strip()
         raise ConfigError(Problem(field, text, rule, f"write {shown}GiB (2**30 bytes) or {shown}GB (10**9 bytes)"))
-    return int(float(number.replace(",", "").replace("_", "")) * _BYTES[unit.upper()])
+    return int(_scaled(number, _BYTES[unit.upper()], field, text))
 
 
 def parse_count(text: str, field: str = "count") -> int:
@@ -42,9 +47,19 @@ def parse_count(text: str, field: str = "count") -> int:
     if match is None or match.group(2).upper() not in _COUNTS:
         raise ConfigError(Problem(field, text, "is not a count", "write 125M, 1.5B or a plain number"))
     number, unit = match.groups()
-    value = round(float(number.replace(",", "").replace("_", "")) * _COUNTS[unit.upper()])
+    exact = _scaled(number, _COUNTS[unit.upper()], field, text)
+    value = round(exact)
     if value <= 0:
         raise ConfigError(Problem(field, text, "must be at least 1"))
+    if abs(exact - value) > 1e-9 * value:
+        raise ConfigError(Problem(field, text, "is not a whole number", f"write {value}"))
+    return value
+
+
+def _scaled(number: str, unit: int, field: str, text: str) -> float:
+    value = float(number.replace(",", "").replace("_", "")) * unit
+    if value > _LARGEST:
+        raise ConfigError(Problem(field, text, "is beyond anything that exists"))
     return value
 
 
@@ -67,7 +82,9 @@ def count(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``5025`` -> ``"1 h 24 min"``; whatever reads best from milliseconds to days."""
+    """``5025`` -> ``"84 min"``; whatever reads best from milliseconds to days, "n/a" when there is no end."""
+    if not math.isfinite(seconds):
+        return "n/a"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 120:

@@ -175,7 +175,8 @@ def legal_neighbours(shape: Shape) -> list[Shape]:
 
     same_width = [h // d for d in (64, 32, 128) if h % d == 0]
     if not same_width:
-        same_width = sorted((k for k in range(1, h + 1) if h % k == 0), key=lambda k: (abs(k - heads), k))[:2]
+        small = [k for k in range(1, math.isqrt(h) + 1) if h % k == 0]
+        same_width = sorted({*small, *(h // k for k in small)}, key=lambda k: (abs(k - heads), k))[:2]
     for n_head in sorted(same_width, key=lambda k: (abs(k - heads), k))[:2]:
         offer(n_head, h)
     offer(heads, 64 * heads)

@@ -65,8 +65,8 @@ def check_step(step: StepConfig) -> list[Problem]:
         value = getattr(step, field)
         if value not in known:
             problems.append(Problem(field, value, "is not one of the choices", did_you_mean(str(value), known)))
-    if step.workload != "vramplan":
-        script = {"nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop"}.get(step.workload, "")
+    script = {"nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop"}.get(step.workload)
+    if script is not None:
         if step.loss == "chunked":
             problems.append(Problem("loss", "chunked", f"does not exist in {script}", "use loss=full"))
         if step.checkpointing != "none":

@@ -1,0 +1,52 @@
+"""The README's commands run, and print what the README shows.
+
+Blocks after ``<!-- run -->`` (or ``<!-- run: CODE -->`` for a command that must fail) are executed in order in one
+directory. ``python tests/test_readme.py`` rewrites the transcripts with what the commands print now.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"<!-- run(?:: (?P<code>\d))? -->\n```console\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)```", re.DOTALL)
+TIMING = re.compile(r"searched in \d+ m?s")
+
+
+def normal(text: str) -> str:
+    lines = [line.rstrip() for line in TIMING.sub("searched in 300 ms", text).splitlines()]
+    return "\n".join(lines).strip()
+
+
+def transcript(command: str, directory: Path) -> tuple[int, str]:
+    words = shlex.split(command)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=directory, capture_output=True, encoding="utf-8", env=environment, check=False
+    )
+    return done.returncode, normal(done.stdout + done.stderr)
+
+
+def test_every_command_prints_what_the_readme_shows(tmp_path):
+    blocks = list(BLOCK.finditer(README.read_text(encoding="utf-8")))
+    assert len(blocks) >= 4
+    for block in blocks:
+        code, output = transcript(block["command"], tmp_path)
+        assert code == int(block["code"] or 0), output
+        assert output == normal(block["output"]), block["command"]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def fill(block: re.Match[str]) -> str:
+            _, output = transcript(block["command"], Path(folder))
+            note = f": {block['code']}" if block["code"] else ""
+            return f"<!-- run{note} -->\n```console\n$ {block['command']}\n{output}\n```"
+
+        README.write_text(BLOCK.sub(fill, README.read_text(encoding="utf-8")), encoding="utf-8")
