@@ -74,7 +74,7 @@ CASES = [
     case("deep", 16, bias=True, grad_accum=3, **chunked(1024), **BLOCK),
     case("deep", 4, **chunked(64), **EIGHT_BIT),
     case("one layer", 8),
-    case("one layer", 8, bias=True, **BLOCK),
+    case("one layer", 16, bias=True, **BLOCK),
     case("one layer", 8, grad_accum=3, tied=False, **chunked(300), **BLOCK),
     case("all embedding", 4, **chunked(16), **BLOCK),
     case("all embedding", 4, bias=True, grad_accum=3, **chunked(16)),

@@ -117,6 +117,7 @@ def _joins_gradients(func: Any) -> bool:
 
     It does so in place when it holds the last reference to the first, but never while a dispatch mode is active
     (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace): there the meter would change what it measures.
+    A Python backward that adds out of place looks the same here and would be counted as if in place.
     """
     in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
     return in_backward and func is torch.ops.aten.add.Tensor

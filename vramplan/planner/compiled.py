@@ -5,7 +5,9 @@ with a half-precision residual stream 32 h per token and layer (64 h in float32,
 of the matrices, and the logits once. GELU's input and output are both kept. Different from eager:
 
 * normalisation, casts and GELU's backward are fused: no float32 copies of norm outputs, no second 4 h gradient;
-* the loss keeps only the logits; in the backward the gradient of the logits is a buffer of its own beside them;
+* the loss keeps only the logits. Where the script returns them (nanoGPT) their gradient is a buffer of its own beside
+  them; our trainer does not, so inductor may overwrite them with their gradient (AOTAutograd's donated buffers);
+* under checkpointing the head's product is scheduled last, so the gradient of the logits lives through the blocks;
 * all parameter gradients are outputs of one backward graph, so with accumulation a whole second set exists at its end;
 * with the chunked loss only the transformer is compiled as a graph (a graph over the slices would keep every slice's
   head gradient), and the slice's arithmetic is one fused kernel without a float32 copy of its logits.
@@ -23,6 +25,8 @@ from .tape import Row
 
 class CompiledStep(EagerStep):
     """Writes the table of a compiled step; what it does not override is as in eager mode."""
+
+    _late: Row | None = None
 
     def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
         super().__init__(shape, step, workspace_bytes)
@@ -76,11 +80,18 @@ class CompiledStep(EagerStep):
         t = self.tape
         if self.step.loss == "chunked":
             return super()._loss_backward(loss)
-        dlogits = t.new("gradient of the logits", "logits_and_loss", self.e * self.V * self.N)
-        t.free(loss["scalars"], loss["lse"], None if self.autocast else loss["logits"])
+        t.free(loss["scalars"], loss["lse"])
+        if self.autocast:
+            dlogits = t.new("gradient of the logits", "logits_and_loss", self.e * self.V * self.N)
+        else:
+            dlogits = loss.rows["logits"]  # overwritten in place
         dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
         self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
-        t.free(dlogits, loss["head.w"])
+        t.free(loss["head.w"])
+        if self.step.checkpointing == "block":
+            self._late = dlogits
+        else:
+            t.free(dlogits)
         if self.shape.tied:
             return dw
         self._parameter_gradient("lm_head", dw, self.V * self.h, self.e != 4)
@@ -121,6 +132,7 @@ class CompiledStep(EagerStep):
 
     def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
         t, h, s = self.tape, self.h, self.shape
+        t.free(self._late)
         self._outputs.append(t.new("wpe gradient", "gradients", 4 * h * s.block_size))
         self._outputs.append(t.new("wte gradient", "gradients", 4 * s.vocab_size * h))
         t.free(dx, head_grad)
