@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"<!-- run(?:: (?P<code>\d))? -->\n```console\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"<!-- run(?:: (?P<code>\d))? -->\n```console\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)```", re.DOTALL
+)
 TIMING = re.compile(r"searched in \d+ m?s")
 
 
@@ -25,7 +27,12 @@ def transcript(command: str, directory: Path) -> tuple[int, str]:
     words = shlex.split(command)
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=directory, capture_output=True, encoding="utf-8", env=environment, check=False
+        [sys.executable, "-m", *words],
+        cwd=directory,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        check=False,
     )
     return done.returncode, normal(done.stdout + done.stderr)
 

@@ -217,6 +217,25 @@ def test_an_awkward_head_width_pads_attention() -> None:
     assert alive(awkward)["padded q, k, v"] == 12 * 3 * 2 * 8 * 1024 * 12 * 64
 
 
+def row_size(e: Estimate, name: str) -> int | None:
+    return next((int(change.row.size) for change in e.changes if change.row.name == name), None)
+
+
+def test_rows_for_what_attention_kernels_allocate_themselves() -> None:
+    """FlashAttention-2 rounds rows to 128 and widths to 32; the float32 kernel aligns its log-sum-exp to 32 rows."""
+    shape = Shape(n_layer=2, n_head=6, n_embd=240, block_size=200)
+    half, full, cpu = (
+        estimate(shape, replace(OURS, batch_size=4, dtype=dtype, device=device))  # type: ignore[arg-type]
+        for dtype, device in (("bfloat16", "cuda"), ("float32", "cuda"), ("float32", "cpu"))
+    )
+    accumulator = "float32 accumulator of dq (kernel)"
+    assert row_size(half, accumulator) == 4 * (4 * 6 * 256) * 64
+    assert row_size(full, accumulator) is row_size(cpu, accumulator) is None
+    assert row_size(full, "attention delta (kernel)") == -(-4 * 6 * 4 * 200 // 512) * 512
+    assert row_size(full, "attention log-sum-exp") == 4 * 6 * 4 * 224
+    assert row_size(cpu, "attention log-sum-exp") == 4 * 6 * 4 * 200
+
+
 # ------------------------------------------------------------------- phases and sums
 
 

@@ -5,8 +5,9 @@ with a half-precision residual stream 32 h per token and layer (64 h in float32,
 of the matrices, and the logits once. GELU's input and output are both kept. Different from eager:
 
 * normalisation, casts and GELU's backward are fused: no float32 copies of norm outputs, no second 4 h gradient;
-* the loss keeps only the logits. Where the script returns them (nanoGPT) their gradient is a buffer of its own beside
-  them; our trainer does not, so inductor may overwrite them with their gradient (AOTAutograd's donated buffers);
+* the loss keeps only the logits; their gradient is a buffer of its own beside them. Our trainer does not return the
+  logits, so inductor may overwrite them (AOTAutograd's donated buffers): it does on a CPU; on CUDA no card has
+  confirmed it, and the table keeps both;
 * under checkpointing the head's product is scheduled last, so the gradient of the logits lives through the blocks;
 * all parameter gradients are outputs of one backward graph, so with accumulation a whole second set exists at its end;
 * with the chunked loss only the transformer is compiled as a graph (a graph over the slices would keep every slice's
@@ -81,13 +82,14 @@ class CompiledStep(EagerStep):
         if self.step.loss == "chunked":
             return super()._loss_backward(loss)
         t.free(loss["scalars"], loss["lse"])
-        if self.autocast:
+        if self.autocast or self.cuda:
             dlogits = t.new("gradient of the logits", "logits_and_loss", self.e * self.V * self.N)
         else:
             dlogits = loss.rows["logits"]  # overwritten in place
+        own = loss["logits"] if self.cuda and not self.autocast else None
         dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
         self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
-        t.free(loss["head.w"])
+        t.free(loss["head.w"], own)
         if self.step.checkpointing == "block":
             self._late = dlogits
         else:

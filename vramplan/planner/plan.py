@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DoesNotFitError, Problem
-from ..units import count, gib
+from ..units import MIB, count, gib
 from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
 from .risk import OomRisk, needed_bytes, oom_risk
@@ -193,7 +193,8 @@ def compare(plan: Plan, best: Plan) -> str:
         change = plan.tokens_per_second / best.tokens_per_second - 1
         verdict.append(f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}")
     saved = best.estimate.process_bytes - plan.estimate.process_bytes
-    verdict.append(f"{gib(abs(saved))} {'less' if saved >= 0 else 'more'} memory")
+    size = f"{gib(abs(saved))} {'less' if saved > 0 else 'more'}" if abs(saved) >= MIB else "the same"
+    verdict.append(f"{size} memory")
     return f"{', '.join(verdict)}: {'; '.join(words) or 'the same settings'}"
 
 

@@ -125,10 +125,9 @@ class Ranking:
 
 
 def quality_price(step: StepConfig, gpu: Gpu | None) -> int:
-    """How much a setting costs in numerics: 0 none, 1 float16 where bfloat16 exists, 2 8-bit optimizer states."""
-    if step.optimizer == "adamw8bit":
-        return 2
-    return 1 if step.dtype == "float16" and gpu is not None and gpu.supports_bf16 else 0
+    """How much the settings cost in numerics: 1 for float16 where bfloat16 exists, 2 for 8-bit optimizer states."""
+    price = 2 if step.optimizer == "adamw8bit" else 0
+    return price + (1 if step.dtype == "float16" and gpu is not None and gpu.supports_bf16 else 0)
 
 
 def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, Numbers]]:
