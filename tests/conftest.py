@@ -45,3 +45,15 @@ def learnable_tokens():
         return np.cumsum(steps) % 64
 
     return make
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped, with a reason, where there is no CUDA device."""
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
