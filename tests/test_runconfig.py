@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramplan.errors import ConfigError, Problem
@@ -45,6 +45,7 @@ def test_unset_values_are_left_out_of_the_file() -> None:
     assert "None" not in text
 
 
+@settings(deadline=None)
 @given(
     heads=st.integers(1, 32),
     head_dim=st.integers(1, 128),
@@ -253,6 +254,7 @@ def test_length_of_a_run(train: dict[str, object], steps: int) -> None:
     assert RunConfig.parse(with_changes(train=train)).total_steps == steps
 
 
+@settings(deadline=None)
 @given(
     st.integers(10_000, 10**10),
     st.integers(1, 10**7),

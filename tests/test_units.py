@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramplan.errors import ConfigError
@@ -95,6 +95,7 @@ def test_what_is_not_a_count_is_refused(text: str) -> None:
     assert caught.value.problems[0].field == "--params"
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=1, max_value=2**52))
 def test_plain_counts_are_read_exactly(n: int) -> None:
     assert parse_count(str(n)) == n
@@ -102,6 +103,7 @@ def test_plain_counts_are_read_exactly(n: int) -> None:
     assert parse_bytes(f"{n}B") == n
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=GIB // 10 + 1, max_value=2**50))
 def test_a_printed_size_can_be_read_back(n: int) -> None:
     assert abs(parse_bytes(gib(n)) - n) <= 0.0051 * GIB

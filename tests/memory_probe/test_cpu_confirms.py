@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -282,3 +283,18 @@ def test_what_a_cpu_step_cannot_confirm_is_refused(change: dict[str, Any], field
 def test_one_step_is_not_enough() -> None:
     with pytest.raises(ConfigError, match="steps=1 must be at least 2"):
         measure_cpu_step((SHAPES["half"], STEP), steps=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"grad_accum": 2, "loss": "full"}, {"loss": "chunked", "loss_chunk_tokens": 256}],
+    ids=["full loss, accumulating", "chunked loss"],
+)
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_a_compiled_step_needs_what_the_compiled_table_says(settings: dict[str, Any]) -> None:
+    if shutil.which("gcc") is None and shutil.which("clang") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    shape = Shape(n_layer=3, n_head=4, n_embd=128, vocab_size=2048, block_size=128)
+    step = replace(STEP, batch_size=8, compile=True, **settings)
+    torch._dynamo.reset()
+    assert estimate(shape, step).peak_allocated_bytes == pytest.approx(allocator_peak(shape, step), rel=0.02)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramplan.planner.shape import (
@@ -62,11 +62,13 @@ def tensors(shape: Shape) -> list[tuple[int, ...]]:
     return found
 
 
+@settings(deadline=None)
 @given(shapes)
 def test_parameters_equal_a_count_tensor_by_tensor(shape: Shape) -> None:
     assert shape.parameters == sum(int(np.prod(t, dtype=object)) for t in tensors(shape))
 
 
+@settings(deadline=None)
 @given(shapes)
 def test_matmul_parameters_are_the_matrices_without_the_lookups(shape: Shape) -> None:
     tied_head = shape.vocab_size * shape.n_embd if shape.tied else 0
@@ -125,6 +127,7 @@ def test_twelve_heads_on_512_get_good_choices_first_and_awkward_ones_named() -> 
     assert [("pads" in text) for text in words] == [False] * 5 + [True] * 2
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 64),
     st.integers(1, 3000),
@@ -177,6 +180,7 @@ def test_576_wide_is_never_offered_as_125m() -> None:
     assert not [s for s in candidates_near(125_000_000, 0.05, LIKE) if s.n_embd == 576 and s.n_layer == 12]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(5_000_000, 3_000_000_000), st.floats(0.005, 0.2))
 def test_candidates_are_legal_within_tolerance_and_unusual_ones_last(target: int, tolerance: float) -> None:
     found = candidates_near(target, tolerance, LIKE)

@@ -72,7 +72,9 @@ def train(
     """Train until ``config.total_steps``, or until SIGINT or SIGTERM; then the step is finished and saved first.
 
     ``peak_flops`` is the device's dense FLOP/s at this dtype, for MFU. With ``resume`` the newest good checkpoint is
-    continued: same data order, same learning rates, and on a CPU with the same number of threads the same bits.
+    continued: same data order and learning rates, and on a CPU, eager, with the same number of threads the same bits.
+    Compiled on several CPU threads even two uninterrupted runs differ in their last digits: 20 gave 4 different curves
+    (torch 2.13, 2 threads), but one curve under ``torch.use_deterministic_algorithms(True)`` or on a single thread.
 
     Raises DataError for a run directory that cannot be used, other data or another configuration on resume; ConfigError
     for a vocabulary smaller than the data's; VramplanError when the loss is no longer finite or a checkpoint cannot be
