@@ -30,6 +30,7 @@ def vramplan(*args: str) -> None:
 
 
 def main() -> int:
+    """Run the whole job; 1 when the loss did not fall as far as it should."""
     started = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
