@@ -45,11 +45,11 @@ def main() -> int:
     vramplan("sample", run, "--prompt", "The function returns", "--max-new-tokens", "40")
     vramplan("report", run)
 
-    lines = [json.loads(line) for line in (OUT / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = (OUT / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in metrics.splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
-    print(
-        f"\nLoss fell from {losses[0]:.2f} to {losses[-1]:.2f} in {STEPS} steps; {time.monotonic() - started:.0f} s in all."
-    )
+    seconds = time.monotonic() - started
+    print(f"\nLoss fell from {losses[0]:.2f} to {losses[-1]:.2f} in {STEPS} steps; {seconds:.0f} s in all.")
     if losses[-1] >= MUST_REACH:
         print(f"The demo failed: the loss should be below {MUST_REACH}.", file=sys.stderr)
         return 1
