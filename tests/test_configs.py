@@ -12,7 +12,7 @@ from vramplan.errors import ConfigError
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate
 from vramplan.runconfig import RunConfig
-from vramplan.units import count
+from vramplan.units import GIB, count
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -38,6 +38,12 @@ def load(name: str) -> RunConfig:
     return RunConfig.load(FOLDER / f"{name}.toml")
 
 
+def comment_of(name: str) -> str:
+    """The words above ``[model]``, on one line."""
+    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    return " ".join(line.lstrip("# ") for line in text.partition("[model]")[0].splitlines())
+
+
 def test_every_file_is_listed_here_and_in_the_readme() -> None:
     assert sorted([*TABLE, *FAILING]) == FILES
     in_readme = re.findall(r"^\| `(.+)\.toml`", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
@@ -50,8 +56,7 @@ def test_has_the_shape_and_size_it_claims(name: str) -> None:
     shape = load(name).shape
     assert shape.label == label
     assert count(shape.parameters) == size
-    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    comment = " ".join(line.lstrip("# ") for line in text.partition("[model]")[0].splitlines())
+    comment = comment_of(name)
     assert size in comment
     for claimed in re.findall(r"head_dim (\d+)", comment):
         assert int(claimed) == shape.head_dim
@@ -92,6 +97,22 @@ def test_failing_run_fits_the_name_on_the_box_but_not_what_its_desktop_left() ->
     assert LEFT_BY_THE_DESKTOP < need < card.usable_bytes
     eager = estimate(config.shape, replace(config.step_config, compile=False), card).process_bytes
     assert eager > card.usable_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "compiled"),
+    [
+        ("note-004-oom-4070", r"process needs about ([\d.]+) GiB", True),
+        ("note-004-oom-4070", r"Without compile it would need more, not less: about ([\d.]+) GiB", False),
+        ("note-004-repair", r"By the planner's model about ([\d.]+) GiB", True),
+    ],
+)
+def test_predictions_in_comments_are_the_planners(name: str, words: str, compiled: bool) -> None:
+    config = load(name)
+    need = estimate(config.shape, replace(config.step_config, compile=compiled), find_gpu("4070")).process_bytes
+    found = re.search(words, comment_of(name))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(need / GIB, rel=0.03)
 
 
 def test_repair_changes_neither_model_nor_optimisation_and_fits() -> None:
