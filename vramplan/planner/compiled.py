@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .eager import EagerStep, Saved, _plain
+from .eager import EagerStep
 from .shape import Ints, Shape
+from .state_rows import Saved, plain
 from .step import StepConfig
 from .tape import Row
 
@@ -60,7 +61,7 @@ class CompiledStep(EagerStep):
 
     def _chunked_loss(self) -> Saved:
         t, h, V, e = self.tape, self.h, self.V, self.e
-        c = _plain(np.minimum(self.step.loss_chunk_tokens, self.N))
+        c = plain(np.minimum(self.step.loss_chunk_tokens, self.N))
         copy = t.new("head weight copy", "weights", 2 * V * h) if e == 2 else None
         kept = {
             "grad_x": t.new("gradient of the hidden state", "gradients", e * h * self.N),

@@ -2,56 +2,24 @@
 
 It follows the model line by line: what each operation allocates, what autograd keeps for the backward, and when each of
 these is released. The order was read off real allocator traces of ``trainer.model`` (torch 2.13) and, for what CUDA
-does differently, from the kernels' sources named beside the rows. Widths in the comments: h = n_embd, N = tokens of a
-micro-batch, V = vocabulary, e = bytes of the compute dtype, r = bytes of the residual stream.
+does differently, from the kernels' sources named beside the rows. What outlives a micro-step is in :mod:`state_rows`,
+the loss in :mod:`loss_rows`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
-from .shape import Ints, Shape
-from .step import StepConfig
+from .loss_rows import LossRows
+from .shape import Ints
+from .state_rows import Saved, plain
 from .tape import Row, Tape
 
-CUDA_GRANULARITY = 512
-"""Every CUDA request is rounded up to this (torch c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 
-
-@dataclass(slots=True)
-class Saved:
-    """What one block's forward leaves behind for its backward."""
-
-    rows: dict[str, Row]
-
-    def __getitem__(self, name: str) -> Row | None:
-        return self.rows.get(name)
-
-
-class EagerStep:
+class EagerStep(LossRows):
     """Writes the table of one optimizer step of ``shape`` under ``step`` onto a tape."""
 
-    def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
-        self.shape, self.step = shape, step
-        self.cuda = step.device == "cuda"
-        self.autocast = step.workload != "vramplan"
-        self.h: Ints = shape.n_embd
-        self.V: Ints = shape.vocab_size
-        self.N: Ints = step.batch_size * shape.block_size
-        self.e = 2 if step.half else 4
-        self.r = 4 if self.autocast else self.e
-        self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
-        self.workspace_bytes = workspace_bytes
-        # With accumulation the gradients exist already; one table has one answer, so the search splits its candidates.
-        self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
-        self._locals: list[Row] = []
-        self._full_norm: Row | None = None
-        self.tape = Tape(CUDA_GRANULARITY if self.cuda else 1)
-
-    # ---------------------------------------------------------------- the story
+    _dx: Row
 
     def write(self) -> Tape:
         """The whole step: persistent state, one micro-step (a later one when accumulating), the optimizer's update."""
@@ -84,64 +52,6 @@ class EagerStep:
         self._optimizer()
         t.free(*inputs)
         return t
-
-    # ---------------------------------------------------------------- persistent state
-
-    def _parameters(self) -> list[tuple[str, Ints, Ints]]:
-        """(name, elements, copies) of every parameter tensor; block tensors are repeated n_layer times."""
-        s, h = self.shape, self.h
-        block: list[tuple[str, Ints]] = [
-            ("ln_1.weight", h), ("attn.qkv.weight", 3 * h * h), ("attn.proj.weight", h * h),
-            ("ln_2.weight", h), ("mlp.fc.weight", 4 * h * h), ("mlp.proj.weight", 4 * h * h),
-        ]  # fmt: skip
-        final: list[tuple[str, Ints]] = [("ln_f.weight", h)]
-        if s.bias:
-            block += [("ln_1.bias", h), ("attn.qkv.bias", 3 * h), ("attn.proj.bias", h)]
-            block += [("ln_2.bias", h), ("mlp.fc.bias", 4 * h), ("mlp.proj.bias", h)]
-            final += [("ln_f.bias", h)]
-        outer: list[tuple[str, Ints]] = [("wte", s.vocab_size * h), ("wpe", s.block_size * h), *final]
-        if not s.tied:
-            outer.append(("lm_head", s.vocab_size * h))
-        return [(n, k, 1) for n, k in outer] + [(n, k, s.n_layer) for n, k in block]
-
-    def _persistent(self) -> None:
-        t = self.tape
-        if self.workspace_bytes:
-            # one cuBLAS handle for the forward's thread, one for autograd's (ATen/cuda/CublasHandlePool.cpp)
-            t.new("cuBLAS workspace", "workspace", self.workspace_bytes, times=2)
-        if self.step.dtype == "float16":
-            t.new("loss scale and growth tracker", "optimizer", 4, times=2)
-        for name, elements, copies in self._parameters():
-            with t.repeat(copies):
-                t.new(name, "weights", 4 * elements)
-                if self.accumulates:
-                    t.new(f"{name} gradient", "gradients", 4 * elements)
-                self._optimizer_state(name, elements)
-        if self.step.optimizer == "adamw8bit":
-            t.new("quantisation maps", "optimizer", 1024, times=2)
-
-    def _optimizer_state(self, name: str, elements: Ints) -> None:
-        """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32
-        (bitsandbytes optim/optimizer.py, Optimizer2State.init_state)."""
-        t = self.tape
-        if self.step.optimizer == "adamw8bit":
-            small = np.asarray(elements) < 4096
-            state = np.where(small, 4 * elements, elements)
-            scales = np.where(small, 0, 4 * -(-elements // 256))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                t.new(f"{name} {moment}", "optimizer", _plain(state))
-                t.new(f"{name} {moment} scales", "optimizer", _plain(scales))
-            return
-        t.new(f"{name} exp_avg", "optimizer", 4 * elements)
-        t.new(f"{name} exp_avg_sq", "optimizer", 4 * elements)
-        if not (self.cuda and self.step.optimizer == "adamw-foreach"):
-            t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU
-
-    def _caller_keeps(self) -> Row | None:
-        """nanoGPT and the hand-written loop still hold the previous micro-step's logits while the next forward runs."""
-        if not self.autocast:
-            return None
-        return self.tape.new("logits of the previous micro-step", "logits_and_loss", self.e * self.V * self.N)
 
     # ---------------------------------------------------------------- forward
 
@@ -274,7 +184,7 @@ class EagerStep:
         pad = self._padded_head_width()
         if self.cuda and not np.array_equal(pad, s.head_dim):
             extra = np.where(pad != s.head_dim, 3 * self.e * self.N * s.n_head * pad, 0)
-            kept["padded"] = t.new("padded q, k, v", "activations", _plain(extra))  # head_dim not a multiple of 8
+            kept["padded"] = t.new("padded q, k, v", "activations", plain(extra))  # head_dim not a multiple of 8
         kept["attention"] = t.new("attention output", "activations", self.e * self.h * self.N)
         rows = s.block_size
         if self.cuda and not self.step.half:
@@ -285,105 +195,10 @@ class EagerStep:
         return kept
 
     def _padded_head_width(self) -> Ints:
-        return _plain(-(-np.asarray(self.shape.head_dim) // 8) * 8)
+        return plain(-(-np.asarray(self.shape.head_dim) // 8) * 8)
 
     def _leave_forward(self) -> None:
         self.tape.free(*self._locals, self._full_norm)
-
-    # ---------------------------------------------------------------- loss
-
-    def _loss_forward(self) -> Saved:
-        return self._chunked_loss() if self.step.loss == "chunked" else self._full_loss()
-
-    def _full_loss(self) -> Saved:
-        t, VN = self.tape, self.V * self.N
-        kept: dict[str, Row] = {}
-        if self.e == 2:
-            kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
-        logits = t.new("logits", "logits_and_loss", self.e * VN)
-        if self.autocast:
-            kept["logits"] = logits
-        if self.e == 4:
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
-        elif self.step.workload == "nanogpt":
-            # under CUDA autocast log_softmax runs in half precision and nll_loss on a float32 copy that it keeps
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 2 * VN)
-            kept["logp32"] = t.new("log-probabilities, float32", "logits_and_loss", 4 * VN)
-        else:
-            upcast = t.new("logits, float32", "logits_and_loss", 4 * VN)
-            if not self.autocast:
-                t.free(logits)
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
-            t.free(upcast)
-        if self.e == 4 and not self.autocast:
-            t.free(logits)
-        kept["scalars"] = t.new("loss scalars", "logits_and_loss", 4, times=3)
-        return Saved(kept)
-
-    def _chunked_loss(self) -> Saved:
-        """Gradients of hidden state and head are formed here, slice by slice (trainer.loss)."""
-        t, h, V = self.tape, self.h, self.V
-        c = _plain(np.minimum(self.step.loss_chunk_tokens, self.N))
-        slices = -(-self.N // c)
-        copy = t.new("head weight copy", "weights", 2 * V * h) if self.e == 2 else None
-        kept = {
-            "grad_x": t.new("gradient of the hidden state", "gradients", self.e * h * self.N),
-            "grad_head": t.new("gradient of the head", "gradients", 4 * V * h),
-            "scalars": t.new("loss scalars", "logits_and_loss", 4, times=3),
-        }
-        with t.repeat(slices):
-            logits = t.new("logits of a slice", "logits_and_loss", self.e * V * c)
-            if self.e == 2:
-                scores = t.new("probabilities of a slice, float32", "logits_and_loss", 4 * V * c)
-                t.free(logits)
-            vectors = t.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=3)
-            t.free(t.new("per-token logarithms", "temporaries", 4 * c, times=2))
-            if self.e == 2:
-                grad = t.new("gradient of a slice's logits", "logits_and_loss", 2 * V * c)
-                t.free(scores, vectors)
-                product = t.new("head gradient of a slice", "temporaries", 2 * V * h)
-                t.free(product, grad)
-            else:
-                t.free(vectors, logits)
-        t.free(copy)
-        return Saved(kept)
-
-    def _loss_backward(self, loss: Saved) -> Row | None:
-        """Leaves the gradient of the hidden state alive; returns the head's gradient when it must wait (tied)."""
-        t, VN = self.tape, self.V * self.N
-        if self.step.loss == "chunked":
-            t.free(loss["scalars"])
-            self._dhidden = loss.rows["grad_x"]
-            return self._head_gradient(loss.rows["grad_head"])
-        dlogp = t.new("gradient of the log-probabilities", "logits_and_loss", 4 * VN)
-        t.free(loss["scalars"], loss["logp32"])
-        if loss["logp32"] is not None:
-            half = t.new("gradient of the log-probabilities, half", "logits_and_loss", 2 * VN)
-            t.free(dlogp)
-            dlogp = half
-        width = 2 if loss["logp32"] is not None else 4
-        dlogits = t.new("gradient of the logits", "logits_and_loss", width * VN)
-        t.free(dlogp, loss["logp"])
-        if self.e == 2 and width == 4:
-            half = t.new("gradient of the logits, half", "logits_and_loss", 2 * VN)
-            t.free(dlogits)
-            dlogits = half
-        dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
-        self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
-        t.free(dlogits, loss["head.w"])
-        if self.e == 2:
-            full = t.new("gradient of the head, float32", "gradients", 4 * self.V * self.h)
-            t.free(dw)
-            dw = full
-        return self._head_gradient(dw)
-
-    def _head_gradient(self, dw: Row) -> Row | None:
-        """Tied: waits in autograd's input buffer for the embedding's share. Untied: becomes or joins ``.grad``."""
-        if self.shape.tied:
-            return dw
-        if self.accumulates:
-            self.tape.free(dw)
-        return None
 
     # ---------------------------------------------------------------- backward
 
@@ -498,25 +313,3 @@ class EagerStep:
             t.free(head_grad)  # added in place to the tensor that waited
         if self.accumulates:
             t.free(wte)
-
-    # ---------------------------------------------------------------- optimizer
-
-    def _optimizer(self) -> None:
-        if self.step.optimizer == "adamw-foreach":
-            # sqrt of all second moments of a parameter group at once (torch/optim/adam.py, _multi_tensor_adam); the
-            # hand-written loop has one group, the others one for matrices, which are nearly all, and one for the rest
-            t, one_group = self.tape, self.step.workload == "autocast"
-            group = [(n, k, c) for n, k, c in self._parameters() if one_group or _is_matrix(n)]
-            for name, elements, copies in group:
-                with t.repeat(copies):
-                    t.new(f"{name} denominator", "temporaries", 4 * elements)
-
-
-def _is_matrix(name: str) -> bool:
-    return not (name.startswith("ln_") or name.endswith(".bias"))
-
-
-def _plain(value: Any) -> Ints:
-    """A 0-d array back to an int; arrays stay arrays."""
-    array = np.asarray(value)
-    return int(array) if array.ndim == 0 else array

@@ -25,7 +25,6 @@ BREAKDOWN = (
     ("logits and loss", ("logits_and_loss",)),
     ("temporaries", ("temporaries",)),
     ("allocator slack", ("fragmentation",)),
-    ("context and workspaces", ("context", "workspace")),
 )
 
 
@@ -114,7 +113,8 @@ def breakdown_table(estimate: Estimate, budget_bytes: int | None) -> Table:
     table.add_column("size", justify="right")
     table.add_column("share")
     whole = budget_bytes or estimate.process_bytes
-    for name, categories in BREAKDOWN:
+    outside = "context and workspaces" if estimate.step.device == "cuda" else "Python and torch"
+    for name, categories in (*BREAKDOWN, (outside, ("context", "workspace"))):
         size = sum(estimate.breakdown[c] for c in categories)
         table.add_row(name, gib(size), _bar(size / whole))
     if budget_bytes is not None:

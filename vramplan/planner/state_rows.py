@@ -1,0 +1,126 @@
+"""The part of the tensor table that outlives a micro-step: weights, gradients, optimizer states, workspaces.
+
+Widths in the comments of the tables: h = n_embd, N = tokens of a micro-batch, V = vocabulary, e = bytes of the compute
+dtype, r = bytes of the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .shape import Ints, Shape
+from .step import StepConfig
+from .tape import Row, Tape
+
+CUDA_GRANULARITY = 512
+"""Every CUDA request is rounded up to this (torch c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
+@dataclass(slots=True)
+class Saved:
+    """What one block's forward leaves behind for its backward."""
+
+    rows: dict[str, Row]
+
+    def __getitem__(self, name: str) -> Row | None:
+        return self.rows.get(name)
+
+
+class StateRows:
+    """Knows the configuration's widths and writes its persistent rows and the optimizer's."""
+
+    def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
+        self.shape, self.step = shape, step
+        self.cuda = step.device == "cuda"
+        self.autocast = step.workload != "vramplan"
+        self.h: Ints = shape.n_embd
+        self.V: Ints = shape.vocab_size
+        self.N: Ints = step.batch_size * shape.block_size
+        self.e = 2 if step.half else 4
+        self.r = 4 if self.autocast else self.e
+        self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
+        self.workspace_bytes = workspace_bytes
+        # With accumulation the gradients exist already; one table has one answer, so the search splits its candidates.
+        self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
+        self._locals: list[Row] = []
+        self._full_norm: Row | None = None
+        self.tape = Tape(CUDA_GRANULARITY if self.cuda else 1)
+
+    def _parameters(self) -> list[tuple[str, Ints, Ints]]:
+        """(name, elements, copies) of every parameter tensor; block tensors are repeated n_layer times."""
+        s, h = self.shape, self.h
+        block: list[tuple[str, Ints]] = [
+            ("ln_1.weight", h), ("attn.qkv.weight", 3 * h * h), ("attn.proj.weight", h * h),
+            ("ln_2.weight", h), ("mlp.fc.weight", 4 * h * h), ("mlp.proj.weight", 4 * h * h),
+        ]  # fmt: skip
+        final: list[tuple[str, Ints]] = [("ln_f.weight", h)]
+        if s.bias:
+            block += [("ln_1.bias", h), ("attn.qkv.bias", 3 * h), ("attn.proj.bias", h)]
+            block += [("ln_2.bias", h), ("mlp.fc.bias", 4 * h), ("mlp.proj.bias", h)]
+            final += [("ln_f.bias", h)]
+        outer: list[tuple[str, Ints]] = [("wte", s.vocab_size * h), ("wpe", s.block_size * h), *final]
+        if not s.tied:
+            outer.append(("lm_head", s.vocab_size * h))
+        return [(n, k, 1) for n, k in outer] + [(n, k, s.n_layer) for n, k in block]
+
+    def _persistent(self) -> None:
+        t = self.tape
+        if self.workspace_bytes:
+            # one cuBLAS handle for the forward's thread, one for autograd's (ATen/cuda/CublasHandlePool.cpp)
+            t.new("cuBLAS workspace", "workspace", self.workspace_bytes, times=2)
+        if self.step.dtype == "float16":
+            t.new("loss scale and growth tracker", "optimizer", 4, times=2)
+        for name, elements, copies in self._parameters():
+            with t.repeat(copies):
+                t.new(name, "weights", 4 * elements)
+                if self.accumulates:
+                    t.new(f"{name} gradient", "gradients", 4 * elements)
+                self._optimizer_state(name, elements)
+        if self.step.optimizer == "adamw8bit":
+            t.new("quantisation maps", "optimizer", 1024, times=2)
+
+    def _optimizer_state(self, name: str, elements: Ints) -> None:
+        """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32
+        (bitsandbytes optim/optimizer.py, Optimizer2State.init_state)."""
+        t = self.tape
+        if self.step.optimizer == "adamw8bit":
+            small = np.asarray(elements) < 4096
+            state = np.where(small, 4 * elements, elements)
+            scales = np.where(small, 0, 4 * -(-elements // 256))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                t.new(f"{name} {moment}", "optimizer", plain(state))
+                t.new(f"{name} {moment} scales", "optimizer", plain(scales))
+            return
+        t.new(f"{name} exp_avg", "optimizer", 4 * elements)
+        t.new(f"{name} exp_avg_sq", "optimizer", 4 * elements)
+        if not (self.cuda and self.step.optimizer == "adamw-foreach"):
+            t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU
+
+    def _caller_keeps(self) -> Row | None:
+        """nanoGPT and the hand-written loop still hold the previous micro-step's logits while the next forward runs."""
+        if not self.autocast:
+            return None
+        return self.tape.new("logits of the previous micro-step", "logits_and_loss", self.e * self.V * self.N)
+
+    def _optimizer(self) -> None:
+        if self.step.optimizer == "adamw-foreach":
+            # sqrt of all second moments of a parameter group at once (torch/optim/adam.py, _multi_tensor_adam); the
+            # hand-written loop has one group, the others one for matrices, which are nearly all, and one for the rest
+            t, one_group = self.tape, self.step.workload == "autocast"
+            group = [(n, k, c) for n, k, c in self._parameters() if one_group or _is_matrix(n)]
+            for name, elements, copies in group:
+                with t.repeat(copies):
+                    t.new(f"{name} denominator", "temporaries", 4 * elements)
+
+
+def _is_matrix(name: str) -> bool:
+    return not (name.startswith("ln_") or name.endswith(".bias"))
+
+
+def plain(value: Any) -> Ints:
+    """A 0-d array back to an int; arrays stay arrays."""
+    array = np.asarray(value)
+    return int(array) if array.ndim == 0 else array
