@@ -114,7 +114,7 @@ def test_cpu_plan_is_float32_eager_and_has_no_speed():
         (["--gpu", "4070", "--params", "125M", "--tokens-per-step", "524300"], 2, ["524288", "525312"]),
         (["--gpu", "4070", "--params", "125M", "--vram", "12"], 2, ["has no unit", "12GiB", "12GB"]),
         (["--gpu", "4070", "--params", "125M", "--vram", "0GiB"], 2, ["--vram", "positive"]),
-        (["--gpu", "4070", "--params", "125M", "--max-risk", "2"], 2, ["--max-risk", "between 0 and 1"]),
+        (["--gpu", "4070", "--params", "125M", "--max-risk", "2"], 2, ["--max-risk", "between 0 and 0.5"]),
         (["--gpu", "4070", "--params", "lots"], 2, ["--params", "lots", "125M"]),
         (["--gpu", "4070", "--n-layer", "0", "--n-head", "0", "--n-embd", "-4"], 2,
          ["n_layer=0", "n_head=0", "n_embd=-4", "at least 1"]),
@@ -215,3 +215,53 @@ def test_unknown_files_are_clear_errors(tmp_path):
     assert "does not exist" in run("apply", tmp_path / "no.json", code=2).stderr
     assert "does not exist" in run("train", tmp_path / "no.toml", "--data", "x", "--out", tmp_path / "r", code=2).stderr
     assert "--out" in run("train", tmp_path / "no.toml", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["plan", "--gpu", "4070", "--params", "1T"],
+        ["plan", "--gpu", "4070", "--params", "125M", "--tokens-per-step", "1T"],
+        ["plan", "--gpu", "4070", "--n-layer", "1000000", "--n-head", "12", "--n-embd", "768"],
+        ["plan", "--gpu", "4070", "--params", "125M", "--max-risk", "1e-300"],
+        ["plan", "--gpu", "4070", "--params", "10K"],
+        ["plan", "--gpu", "4070", "--params", "125M", "--n-embd", "0"],
+        ["plan", "--gpu", "4070", "--params", "125M", "--out", "runs/x"],
+        ["estimate", "--n-layer", "12", "--n-head", "12", "--n-embd", "768", "--batch-size", str(10**20)],
+        ["estimate", "--n-layer", "12", "--n-head", "12", "--n-embd", "768", "--batch-size", "1", "--reserve", "1GiB"],
+        [
+            "estimate",
+            "--n-layer",
+            "2",
+            "--n-head",
+            "2",
+            "--n-embd",
+            "64",
+            "--batch-size",
+            "1",
+            "--gpu",
+            "cpu",
+            "--compile",
+        ],
+    ],
+    ids=lambda args: " ".join(args)[:60],
+)
+def test_absurd_requests_are_refused_at_once(args):
+    assert run(*args, code=2).stderr.startswith("Error: ")
+
+
+def test_report_uses_the_plans_own_risk_limit_and_device(plan_file, tmp_path):
+    assert json.loads(run("report", plan_file, "--json").stdout)["max_risk"] == 0.01
+    kept = run_json("report", plan_file, "--reserve", "3GiB")
+    assert kept["budget_bytes"] < run_json("report", plan_file)["budget_bytes"]
+    assert "cuda" in run("report", plan_file, "--gpu", "cpu", code=2).stderr
+    renamed = tmp_path / "best.plan"
+    renamed.write_text(plan_file.read_text())
+    assert "OOM-risk report" in run("report", renamed).stdout
+
+
+def test_a_size_far_from_the_one_asked_for_is_a_warning():
+    text = run(
+        "plan", "--gpu", "4070", "--params", "125M", "--n-layer", "12", "--n-head", "12", "--n-embd", "384"
+    ).stdout
+    assert "41.0M parameters, far from the 125.0M asked for" in text

@@ -337,9 +337,14 @@ def compile_support(
     if capability is not None and capability < MIN_TRITON_CAPABILITY:
         shown = ".".join(map(str, capability))
         return False, f"Compile is left out: Triton needs compute capability 7.0, this card has {shown}."
-    if not here:
-        return True, "Compile assumes Linux with Triton."
     platform = platform or sys.platform
+    if not here:
+        if platform == "win32" and not triton_available():
+            return (
+                False,
+                "Compile is left out: no Triton on this Windows; --compile on if the card is in a Linux machine.",
+            )
+        return True, "Compile assumes Linux with Triton."
     if not triton_available():
         remedy = "pip install triton-windows brings it" if platform == "win32" else "pip install triton brings it"
         return False, f"Compile is left out: Triton is not installed ({remedy})."

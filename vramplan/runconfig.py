@@ -286,7 +286,7 @@ def suggested_training(
     interval = max(1, min(250, steps // 4))
     return {
         "learning_rate": peak,
-        "min_learning_rate": peak / 10,
+        "min_learning_rate": round(peak / 10, 9),
         "warmup_steps": min(700, max(1, steps // 50)),
         "eval_interval": interval,
         "checkpoint_interval": interval,

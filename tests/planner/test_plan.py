@@ -6,10 +6,19 @@ from dataclasses import replace
 import pytest
 
 from vramplan.errors import ConfigError, DoesNotFitError
-from vramplan.planner.gpu import Budget, budget, find_gpu
+from vramplan.planner.gpu import Budget, budget, find_gpu, load_gpus
 from vramplan.planner.levers import largest_batch, levers
 from vramplan.planner.memory import estimate
-from vramplan.planner.plan import SHAPE_FIELDS, STEP_FIELDS, compare, make_plan, price_illegal, read_plans, restore
+from vramplan.planner.plan import (
+    SHAPE_FIELDS,
+    STEP_FIELDS,
+    compare,
+    make_plan,
+    price_illegal,
+    price_plan,
+    read_plans,
+    restore,
+)
 from vramplan.planner.risk import needed_bytes, oom_risk
 from vramplan.planner.search import Grid
 from vramplan.planner.shape import Shape, candidates_near
@@ -112,8 +121,60 @@ def test_json_keeps_its_published_keys_and_reads_back(plans, tmp_path):
 def test_a_damaged_plan_file_is_one_clear_error(tmp_path, text):
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="plan="):
+    with pytest.raises(ConfigError, match="plan"):
         read_plans(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        ("token_budget", None, "token_budget"),
+        ("budget_bytes", "abc", "budget_bytes"),
+        ("max_risk", 2.0, "max_risk"),
+        ("schema", 99, "schema"),
+        ("gpu", 4070, "gpu"),
+        ("plans.0.estimate", None, "estimate"),
+        ("plans.0.estimate.process_bytes", "x", "process_bytes"),
+        ("plans.0.config.batch_size", "x", "batch_size"),
+        ("plans.0.config.batch_size", -4, "at least 1"),
+        ("plans.0.config.n_head", 0, "at least 1"),
+        ("plans.0.config.n_head", 7, "is not divisible by n_head=7"),
+        ("plans.0.config.n_layer", 1e99, "n_layer"),
+        ("plans.0.config.compile", 1, "compile"),
+        ("plans.0.config.dtype", "bf16", "bfloat16"),
+    ],
+)
+def test_every_damage_to_a_plan_file_is_named(plans, tmp_path, where, value, words):
+    data = json.loads(json.dumps(plans.as_dict()))
+    *path, last = where.split(".")
+    inner = data
+    for key in path:
+        inner = inner[int(key)] if isinstance(inner, list) else inner[key]
+    inner[last] = value
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=words):
+        read_plans(file)
+
+
+def test_notes_warn_of_a_size_far_from_the_target_and_of_odd_proportions():
+    note_003 = Shape(n_layer=12, n_head=12, n_embd=384)
+    found = make_plan(grid(note_003), CARD, BUDGET, top=1, target_parameters=125_000_000)
+    assert "41.0M parameters, far from the 125.0M asked for" in found.notes[0]
+    assert "head_dim 32" in found.notes[1]
+    assert make_plan(grid(SMALL), CARD, BUDGET, top=1, target_parameters=125_000_000).notes == ()
+
+
+def test_mfu_never_exceeds_what_the_card_can_do():
+    for card in load_gpus():
+        dtypes = ("bfloat16", "float16", "float32") if card.supports_bf16 else ("float16", "float32")
+        for dtype in dtypes:
+            for workload in ("vramplan", "nanogpt"):
+                step = StepConfig(
+                    batch_size=16, grad_accum=32, dtype=dtype, loss="full", compile=True, workload=workload
+                )
+                plan = price_plan(1, estimate(SMALL, step, card), card, BUDGET.budget_bytes, 0.01)
+                assert 0 < plan.mfu < 1, (card.name, dtype, workload)
 
 
 def test_an_illegal_width_lists_neighbours_with_memory_and_speed():

@@ -11,14 +11,14 @@ import rich_click as click
 from .. import __version__
 from ..errors import VramplanError
 
-COMMANDS = {
-    "plan": ("planning", "Search what fits a card and trains fastest."),
-    "apply": ("planning", "Turn a plan into a run configuration."),
-    "estimate": ("planning", "Memory and speed of one configuration."),
-    "gpus": ("planning", "List the cards in the catalogue."),
-    "train": ("training", "Train from Parquet files."),
-    "sample": ("training", "Write text with a trained model."),
-    "report": ("reporting", "The OOM-risk report of a plan, configuration or run."),
+COMMANDS = {  # and the module each lives in
+    "plan": "planning",
+    "apply": "planning",
+    "estimate": "planning",
+    "gpus": "planning",
+    "train": "training",
+    "sample": "training",
+    "report": "reporting",
 }
 
 
@@ -33,7 +33,7 @@ class LazyGroup(click.RichGroup):
         """Import and return one command."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f".{COMMANDS[cmd_name][0]}", __name__)
+        module = importlib.import_module(f".{COMMANDS[cmd_name]}", __name__)
         command: click.Command = getattr(module, cmd_name)
         return command
 

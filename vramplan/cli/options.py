@@ -12,6 +12,7 @@ from ..device import compile_support, cpu_has_bf16, host_memory, live_gpu
 from ..errors import ConfigError, Problem
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
+from ..planner.risk import LARGEST_RISK
 from ..planner.shape import PADDED_GPT2_VOCAB, Shape, candidates_near, check_shape
 from ..planner.step import DeviceKind, DType
 from ..units import gib, parse_bytes, parse_count
@@ -44,15 +45,19 @@ class Share(click.ParamType[Any]):
 
     name = "SHARE"
 
+    def __init__(self, largest: float = 1.0) -> None:
+        self.largest = largest
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse; must lie strictly between 0 and 1."""
+        """Parse; must lie strictly between 0 and the largest."""
         text = str(value).strip()
         try:
             share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
             share = -1.0
-        if not 0 < share < 1:
-            raise ConfigError(Problem(_option(param), text, "must lie between 0 and 1", "write 1% or 0.01"))
+        if not 1e-9 <= share <= self.largest or share == 1:
+            rule = f"must lie between 0 and {self.largest:g}"
+            raise ConfigError(Problem(_option(param), text, rule, "write 1% or 0.01"))
         return share
 
 
@@ -71,14 +76,20 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return wrap
 
 
-def card_options(default: str | None) -> Callable[[F], F]:
+DEFAULT_MAX_RISK = 0.01
+
+
+def card_options(default: str | None, max_risk: float | None = DEFAULT_MAX_RISK) -> Callable[[F], F]:
     """--gpu, --vram, --reserve, --headless, --max-risk."""
+    limit = f"[default: {DEFAULT_MAX_RISK:.0%}]" if max_risk else "[default: the plan's own]"
     return options(
         click.option("--gpu", default=default, show_default=True, metavar="NAME|auto|cpu", help="Card to plan for."),
         click.option("--vram", type=Size(), help="Memory to plan for instead of the card's (8.9GiB, 12GB)."),
         click.option("--reserve", type=Size(), help="Kept back for the desktop. [default: 0.75GiB for a named card]"),
         click.option("--headless", is_flag=True, help="The card drives no screen: nothing is kept back."),
-        click.option("--max-risk", type=Share(), default="1%", show_default=True, help="Largest accepted OOM risk."),
+        click.option(
+            "--max-risk", type=Share(LARGEST_RISK), default=max_risk, help=f"Largest accepted OOM risk. {limit}"
+        ),
     )
 
 
@@ -103,22 +114,21 @@ class Target:
     notes: tuple[str, ...]
     can_compile: bool
     dtypes: tuple[DType, ...]
+    compile_note: str
 
 
 def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headless: bool) -> Target:
     """Find the card and its budget. Raises ConfigError when there is neither a card nor a size."""
-    for name, value in (("--vram", vram),):
-        if value is not None and value <= 0:
-            raise ConfigError(Problem(name, value, "must be positive"))
-    if gpu == "cpu":
+    if vram is not None and vram <= 0:
+        raise ConfigError(Problem("--vram", vram, "must be positive"))
+    if gpu is not None and gpu.lower() == "cpu":
         return _cpu_target(vram, reserve)
-    if gpu == "auto":
+    if gpu is not None and gpu.lower() == "auto":
         return _live_target(vram, reserve, headless)
     card = find_gpu(gpu) if gpu else None
     found = budget(card, vram_bytes=vram, reserve_bytes=reserve, headless=headless)
     can_compile, why = compile_support(card.capability if card else None)
-    notes = (*found.assumptions, why)
-    return Target(card, "cuda", found, notes, can_compile, _half_dtypes(card))
+    return Target(card, "cuda", found, found.assumptions, can_compile, _half_dtypes(card), why)
 
 
 def _half_dtypes(card: Gpu | None) -> tuple[DType, ...]:
@@ -138,21 +148,26 @@ def _cpu_target(vram: int | None, reserve: int | None) -> Target:
         dtypes = ("bfloat16", "float32")
     else:
         notes.append("This CPU has no half-precision matrix units: float32.")
-    notes.append("Compile is left out on a CPU: inductor's CPU buffers are not modelled.")
-    return Target(None, "cpu", found, tuple(notes), False, dtypes)
+    return Target(None, "cpu", found, tuple(notes), False, dtypes, "Compile is left out on a CPU.")
 
 
 def _live_target(vram: int | None, reserve: int | None, headless: bool) -> Target:
     live = live_gpu()
+    if live is None and vram is not None:
+        return resolve_target(None, vram, reserve, headless)
     if live is None:
         remedy = "name one with --gpu 4070, or plan for this machine's memory with --gpu cpu"
         raise ConfigError(Problem("--gpu", "auto", "finds no NVIDIA card", remedy))
-    card = find_gpu(live.name, total_bytes=live.total_bytes)
+    try:
+        card = find_gpu(live.name, total_bytes=live.total_bytes)
+    except ConfigError:
+        card = None  # memory can be planned all the same
     found = budget(card, vram_bytes=vram, reserve_bytes=reserve, free_bytes=live.free_bytes, headless=headless)
-    can_compile, why = compile_support(live.capability or card.capability, here=True)
+    can_compile, why = compile_support(live.capability or (card.capability if card else None), here=True)
     held = [f"{p.name} (pid {p.pid}){f' holds {gib(p.used_bytes)}' if p.used_bytes else ''}" for p in live.processes]
     who = f"The rest of {gib(live.total_bytes)} is held by the driver{' and ' + ', '.join(held) if held else ''}."
-    return Target(card, "cuda", found, (f"{live.name}.", *found.assumptions, who, why), can_compile, _half_dtypes(card))
+    known = f"{live.name}." if card else f"{live.name} is not in the catalogue: speed and MFU are unknown."
+    return Target(card, "cuda", found, (known, *found.assumptions, who), can_compile, _half_dtypes(card), why)
 
 
 def resolve_shapes(
@@ -171,16 +186,26 @@ def resolve_shapes(
         if problems:
             raise ConfigError(problems)
         return (shape,)
-    near = [s for s in candidates_near(params, tolerance, like) if all(getattr(s, k) == v for k, v in stated.items())]
-    if not near:
-        wider = candidates_near(params, 0.5, like)
-        closest = sorted(wider, key=lambda s: abs(s.parameters - params))[:3]
-        remedy = (
-            "nearest: " + "; ".join(f"{s.label} with {s.parameters / 1e6:.1f}M" for s in closest) if closest else ""
-        )
-        rule = f"has no legal shape within {tolerance:.0%}" + (f" and {stated}" if stated else "")
-        raise ConfigError(Problem("--params", params, rule, remedy))
-    return tuple(near[:24])
+    wrong = [p for p in check_shape(_complete(like, stated)) if p.field in stated]
+    if wrong:
+        raise ConfigError(wrong)
+    near = [s for s in candidates_near(params, tolerance, like) if _has(s, stated)]
+    if near:
+        return tuple(near[:24])
+    wider = [s for s in candidates_near(params, 0.9, like) if _has(s, stated)]
+    closest = sorted(wider, key=lambda s: abs(s.parameters - params))[:3]
+    remedy = "nearest: " + "; ".join(f"{s.label} with {s.parameters / 1e6:.1f}M" for s in closest)
+    if not closest:
+        remedy = "give --n-layer, --n-head and --n-embd"
+        if not stated:
+            least = (like.vocab_size + like.block_size) * 64 / 1e6
+            remedy += f", or a smaller --vocab-size (embeddings 64 wide alone take {least:.1f}M)"
+    beside = "".join(f", {name}={value}" for name, value in stated.items())
+    raise ConfigError(Problem("--params", params, f"has no usual shape within {tolerance:g}{beside}", remedy))
+
+
+def _has(shape: Shape, stated: dict[str, int]) -> bool:
+    return all(getattr(shape, name) == value for name, value in stated.items())
 
 
 def _complete(like: Shape, stated: dict[str, int]) -> Shape:

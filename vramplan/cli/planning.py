@@ -13,7 +13,7 @@ from ..errors import ConfigError, Problem
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
 from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans
-from ..planner.search import LOSS_CHUNKS, Grid
+from ..planner.search import LOSS_CHUNKS, Grid, check_tokens_per_step
 from ..planner.shape import Shape, check_shape
 from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
 from .options import Count, Share, Target, card_options, options, resolve_shapes, resolve_target, shape_options
@@ -56,7 +56,7 @@ search_options = options(
 @click.option("--train", "start", is_flag=True, help="Start the trainer on the best plan.")
 @click.option("--data", metavar="FILE|DIR|GLOB", help="With --train: the Parquet files.")
 @click.option("--out", type=click.Path(path_type=Path), help="With --train: the run directory.")
-@click.option("--max-steps", type=int, help="With --train: stop after so many optimizer steps.")
+@click.option("--max-steps", type=click.IntRange(1), help="With --train: stop after so many optimizer steps.")
 def plan(
     as_json: bool,
     output: Path | None,
@@ -73,6 +73,9 @@ def plan(
     vramplan plan --gpu auto --params 350M --tokens-per-step 262144 -o plan.json
     vramplan plan --gpu auto --params 125M --train --data fineweb.parquet --out runs/first
     """
+    for name, value in (("--data", data), ("--out", out), ("--max-steps", max_steps)):
+        if value is not None and not start:
+            raise ConfigError(Problem(name, str(value), "means nothing without --train"))
     if start and (data is None or out is None):
         missing = "--data" if data is None else "--out"
         raise ConfigError(Problem(missing, "missing", "is required with --train"))
@@ -85,7 +88,8 @@ def plan(
     else:
         from ..report.plans import print_plans
 
-        print_plans(plans, target.notes, saved_as=output)
+        asked = search["no_compile"] or search["compile_"] != "auto"
+        print_plans(plans, target.notes if asked else (*target.notes, target.compile_note), saved_as=output)
     if start and data is not None and out is not None:
         from .training import start_training
 
@@ -100,6 +104,10 @@ def search_plans(target: Target, search: dict[str, Any]) -> PlanSet:
         bias=search["bias"], tied=search["tied"],
     )  # fmt: skip
     problems = check_shape(like)
+    if search["batch_size"] is not None and search["batch_size"] < 1:
+        problems.append(Problem("--batch-size", search["batch_size"], "must be at least 1"))
+    if not problems:
+        check_tokens_per_step(search["tokens_per_step"], search["block_size"])
     if problems:
         raise ConfigError(problems)
     dims = {name: search[name] for name in ("n_layer", "n_head", "n_embd")}
@@ -168,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
 @click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan.")
 @click.option("--format", "form", type=click.Choice(["toml", "nanogpt"]), default="toml", show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write. [default: print]")
-@click.option("--max-steps", type=int, help="Stop after so many optimizer steps instead of the token budget.")
+@click.option("--max-steps", type=click.IntRange(1), help="Optimizer steps instead of the token budget.")
 def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps: int | None) -> None:
     """Write the chosen plan as a run configuration, or as a config file for nanoGPT.
 
@@ -229,6 +237,10 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     target = None
     if given["gpu"] is not None or given["vram"] is not None:
         target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
+    elif given["reserve"] is not None or given["headless"]:
+        raise ConfigError(Problem("--reserve", "given", "means nothing without a card", "add --gpu or --vram"))
+    if step.device == "cpu" and step.compile:
+        raise ConfigError(Problem("--compile", "on", "is not planned for a CPU", "leave it out"))
     gpu = target.gpu if target else None
     full = estimate_memory(shape, step, gpu)
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None

@@ -11,25 +11,29 @@ import rich_click as click
 from ..errors import ConfigError, Problem
 from ..planner.plan import plan_gpu, read_plans
 from ..runconfig import RunConfig
-from .options import card_options, resolve_target
+from .options import DEFAULT_MAX_RISK, card_options, resolve_target
 
 
 @click.command()
 @click.argument("subject", metavar="PLAN|CONFIG|RUN", type=click.Path(path_type=Path))
-@card_options(default=None)
+@card_options(default=None, max_risk=None)
 @click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan of a plan file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def report(subject: Path, rank: int, as_json: bool, max_risk: float, **card: Any) -> None:
+def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **card: Any) -> None:
     """The OOM-risk report: risk, what dominates the peak and when, and what each lever would save and cost.
 
-    SUBJECT is a plan file (JSON), a run configuration (TOML) or a run directory. The card and budget are those it was
-    planned for, unless --gpu or --vram says otherwise.
+    SUBJECT is a plan file (JSON), a run configuration (TOML) or a run directory. Card, budget and risk limit are those
+    it was planned for, unless options say otherwise.
     """
     from ..report.risk import build_report, print_report
 
     shape, step, planned, measured = _read(subject, rank)
-    if card["gpu"] is not None or card["vram"] is not None:
-        target = resolve_target(card["gpu"] or planned.get("gpu"), card["vram"], card["reserve"], card["headless"])
+    if any(card[name] for name in ("gpu", "vram", "reserve", "headless")):
+        name = card["gpu"] or planned.get("gpu") or ("cpu" if step.device == "cpu" else None)
+        target = resolve_target(name, card["vram"], card["reserve"], card["headless"])
+        if target.device != step.device:
+            remedy = "plan again for that device"
+            raise ConfigError(Problem("--gpu", name, f"does not run a configuration made for {step.device}", remedy))
         gpu, budget = target.gpu, target.budget.budget_bytes
     elif planned.get("budget_bytes"):
         gpu, budget = plan_gpu(planned.get("gpu")), int(planned["budget_bytes"])
@@ -37,8 +41,9 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float, **card: Any
         raise ConfigError(
             Problem("--gpu", "missing", "is required", f"{subject} names no budget; give --gpu or --vram")
         )
-    title = f"{subject}{f', plan {rank}' if subject.suffix == '.json' else ''}: {shape.label}"
-    result = build_report(title, shape, step, gpu, budget, max_risk, measured)
+    title = f"{subject}{f', plan {rank}' if 'plans' in planned else ''}: {shape.label}"
+    limit = max_risk or planned.get("max_risk") or DEFAULT_MAX_RISK
+    result = build_report(title, shape, step, gpu, budget, limit, measured)
     if as_json:
         click.echo(json.dumps(result.as_dict()))
     else:
@@ -47,7 +52,7 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float, **card: Any
 
 def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Shape, step, what was planned, and what a run measured."""
-    if subject.suffix == ".json":
+    if _is_json(subject):
         data, configs = read_plans(subject)
         if rank > len(configs):
             raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {subject}"))
@@ -68,3 +73,11 @@ def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str,
         return config.shape, config.step_config, config.plan.model_dump(), measured
     config = RunConfig.load(subject)
     return config.shape, config.step_config, config.plan.model_dump(), {}
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file holds an object in JSON rather than TOML, whatever it is called."""
+    if not path.is_file():
+        return path.suffix.lower() == ".json"
+    with path.open(encoding="utf-8", errors="replace") as f:
+        return f.read(64).lstrip().startswith(("{", "[{"))

@@ -209,6 +209,9 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
             return min(fits, key=lambda gpu: abs(gpu.total_bytes - live))
         if fits:
             return fits[0]
+    squashed = [gpu for gpu in load_gpus() if _plain(gpu.name) == _plain(name)]
+    if squashed:
+        return squashed[0]
     near = _nearest(name)
     remedy = f"nearest: {', '.join(near)}; see `vramplan gpus`" if near else "see `vramplan gpus`"
     raise ConfigError(Problem("gpu", name, "is not in the catalogue", remedy))

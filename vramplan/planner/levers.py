@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from .gpu import Gpu
 from .memory import estimate
 from .risk import needed_bytes
-from .shape import Shape
+from .shape import Shape, divisors
 from .speed import tokens_per_second
 from .step import DType, StepConfig, check_step
+
+LEVER_CHUNK = 4096
+"""Tokens per slice when the chunked loss is offered as a lever: the fastest that the search tries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,15 @@ def levers(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, m
 
 def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tuple[str, Shape, StepConfig, bool]]:
     sequences = step.batch_size * step.grad_accum
-    smaller = max((b for b in range(1, step.batch_size) if sequences % b == 0), default=None)
+    smaller = max((b for b in divisors(sequences) if b < step.batch_size), default=None)
     if smaller is not None:
         halved = replace(step, batch_size=smaller, grad_accum=sequences // smaller)
         yield f"batch_size {smaller} x grad_accum {sequences // smaller}", shape, halved, False
-    if step.loss == "full":
-        yield "chunked loss", shape, replace(step, loss="chunked"), False
+    if step.workload != "vramplan":
+        ours = replace(step, workload="vramplan", loss="chunked", loss_chunk_tokens=LEVER_CHUNK)
+        yield "vramplan's trainer, chunked loss", shape, ours, False
+    elif step.loss == "full":
+        yield "chunked loss", shape, replace(step, loss="chunked", loss_chunk_tokens=LEVER_CHUNK), False
     elif step.loss_chunk_tokens > 512:
         half = step.loss_chunk_tokens // 2
         yield f"loss in slices of {half} tokens", shape, replace(step, loss_chunk_tokens=half), False
@@ -78,7 +84,7 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
 def largest_batch(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> int:
     """Largest batch_size that divides the step's sequences and fits the budget; 0 when not even 1 does."""
     sequences = step.batch_size * step.grad_accum
-    legal = [b for b in range(1, sequences + 1) if sequences % b == 0]
+    legal = divisors(sequences)
 
     def fits(b: int) -> bool:
         full = estimate(shape, replace(step, batch_size=b, grad_accum=sequences // b), gpu)

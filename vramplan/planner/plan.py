@@ -13,11 +13,11 @@ from ..errors import ConfigError, DoesNotFitError, Problem
 from ..units import MIB, count, gib
 from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
-from .risk import OomRisk, needed_bytes, oom_risk
-from .search import Grid, Ranking, confirm, rank
-from .shape import PUBLISHED, Shape, awkward, legal_neighbours, published_name
-from .speed import mfu, seconds_to_tokens, tokens_per_second
-from .step import StepConfig
+from .risk import LARGEST_RISK, OomRisk, needed_bytes, oom_risk
+from .search import Grid, Ranking, confirm, quality_price, rank
+from .shape import PUBLISHED, Shape, awkward, check_shape, conventional, legal_neighbours, published_name
+from .speed import matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
+from .step import CHOICES, StepConfig, check_step
 
 SCHEMA = 1
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias", "tied")
@@ -74,6 +74,7 @@ class PlanSet:
     seconds: float
     target_parameters: int | None
     token_budget: int
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """What ``plan --json`` prints and ``-o`` writes; published keys stay."""
@@ -86,6 +87,7 @@ class PlanSet:
             "reserve_bytes": self.budget.reserve_bytes,
             "budget_bytes": self.budget.budget_bytes,
             "assumptions": list(self.budget.assumptions),
+            "notes": list(self.notes),
             "max_risk": self.max_risk,
             "target_parameters": self.target_parameters,
             "token_budget": self.token_budget,
@@ -119,7 +121,7 @@ def make_plan(
     plans: list[Plan] = []
     for fit in fits:
         plan = price_plan(len(plans) + 1, fit.estimate, gpu, budget.budget_bytes, max_risk)
-        reason = compare(plan, plans[0]) if plans else _why_best(plan, len(own), grid.size())
+        reason = compare(plan, plans[0]) if plans else _why_best(plan, gpu, len(own), grid.size())
         plans.append(replace(plan, reason=reason))
     others: list[Plan] = []
     for shape in [s for s in grid.shapes if s != plans[0].shape][:6]:
@@ -136,7 +138,24 @@ def make_plan(
         seconds=time.perf_counter() - started,
         target_parameters=target_parameters,
         token_budget=token_budget or 20 * int(plans[0].shape.parameters),
+        notes=tuple(_shape_notes(plans[0].shape, target_parameters)),
     )
+
+
+FAR_FROM_TARGET = 0.10
+"""A model this far (fraction) from the size asked for is worth a warning."""
+
+
+def _shape_notes(shape: Shape, target: int | None) -> list[str]:
+    """What a user should know about the shape before a day of training."""
+    notes = []
+    if target is not None and abs(shape.parameters / target - 1) > FAR_FROM_TARGET:
+        notes.append(f"{shape.label} has {count(shape.parameters)} parameters, far from the {count(target)} asked for.")
+    if not conventional(shape):
+        rest = awkward(shape.head_dim)
+        aspect = f"width/depth {shape.n_embd / shape.n_layer:.0f}, head_dim {shape.head_dim}{rest}"
+        notes.append(f"{shape.label} is unlike published GPTs: {aspect}.")
+    return notes
 
 
 def price_plan(
@@ -150,16 +169,17 @@ def price_plan(
         step=full.step,
         estimate=full,
         tokens_per_second=rate,
-        mfu=float(mfu(full.shape, rate, gpu, full.step.dtype)) if gpu is not None and rate is not None else None,
+        mfu=float(mfu(full.shape, rate, gpu, matmul_dtype(full.step, gpu))) if gpu is not None and rate else None,
         oom_risk=oom_risk(full.process_bytes, budget_bytes, full.step),
         needs_bytes=int(needed_bytes(full.process_bytes, full.step, max_risk)),
         reason=reason,
     )
 
 
-def _why_best(plan: Plan, fitting: int, considered: int) -> str:
+def _why_best(plan: Plan, gpu: Gpu | None, fitting: int, considered: int) -> str:
     goal = "fastest" if plan.tokens_per_second else "fewest FLOPs"
-    return f"{goal} of the {fitting:,} that fit; {considered:,} configurations considered"
+    limit = " without a cost in numerics" if quality_price(plan.step, gpu) == 0 else ""
+    return f"{goal}{limit}; {fitting:,} ways to run this shape fit, {considered:,} configurations considered"
 
 
 def differences(step: StepConfig, other: StepConfig) -> list[str]:
@@ -231,24 +251,69 @@ def _least_memory(ranked: Ranking, gpu: Gpu | None, max_risk: float) -> tuple[in
 # -------------------------------------------------------------------- reading a plan back
 
 
+_TOP: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    # what every plan file must state: type and what is legal
+    "schema": (int, lambda v: v == SCHEMA, f"must be {SCHEMA}"),
+    "plans": (list, lambda v: bool(v), "must not be empty"),
+    "gpu": ((str, type(None)), lambda v: True, ""),
+    "budget_bytes": (int, lambda v: v > 0, "must be positive"),
+    "max_risk": (float, lambda v: 0 < v <= LARGEST_RISK, f"must lie between 0 and {LARGEST_RISK}"),
+    "token_budget": (int, lambda v: v > 0, "must be positive"),
+}
+_FIELD_TYPES = {"bias": bool, "tied": bool, "compile": bool} | dict.fromkeys(CHOICES, str)
+
+
 def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig]]]:
     """Read a file that ``plan -o`` wrote: its contents, and (shape, step) of each plan.
 
-    Raises ConfigError when it is missing or not such a file.
+    Raises ConfigError, with all problems, when it is missing or not such a file.
     """
+    remedy = "write one with `vramplan plan ... -o FILE`"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        configs = [restore(entry) for entry in data["plans"]]
     except FileNotFoundError:
-        raise ConfigError(
-            Problem("plan", str(path), "does not exist", "write one with `vramplan plan ... -o FILE`")
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        rule = f"is not a plan file ({type(error).__name__}: {error})"
-        raise ConfigError(Problem("plan", str(path), rule, "write one with `vramplan plan ... -o FILE`")) from None
-    if not configs:
-        raise ConfigError(Problem("plan", str(path), "holds no plans"))
-    return data, configs
+        raise ConfigError(Problem("plan", str(path), "does not exist", remedy)) from None
+    except (OSError, ValueError):
+        raise ConfigError(Problem("plan", str(path), "is not a JSON file that can be read", remedy)) from None
+    if not isinstance(data, dict) or "plans" not in data:
+        raise ConfigError(Problem("plan", str(path), "is not a plan file", remedy))
+    problems = [p for name in _TOP for p in _top_problems(data, name)]
+    entries = data["plans"] if isinstance(data["plans"], list) else []
+    for number, entry in enumerate(entries, 1):
+        problems += _entry_problems(entry, f"plans[{number}]")
+    if problems:
+        raise ConfigError(problems, source=str(path))
+    return data, [restore(entry) for entry in entries]
+
+
+def _top_problems(data: dict[str, Any], name: str) -> list[Problem]:
+    kind, legal, rule = _TOP[name]
+    value = data.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return [Problem(name, value, "has the wrong type or is missing")]
+    return [] if legal(value) else [Problem(name, value, rule)]
+
+
+def _entry_problems(entry: Any, where: str) -> list[Problem]:
+    """Wrong types first; only a well-typed entry is checked for legality."""
+    config, figures = (entry.get(k) if isinstance(entry, dict) else None for k in ("config", "estimate"))
+    if not isinstance(config, dict) or not isinstance(figures, dict):
+        return [Problem(where, "missing", "config or estimate is missing")]
+    problems = []
+    for name in (*SHAPE_FIELDS, *STEP_FIELDS):
+        value, kind = config.get(name), _FIELD_TYPES.get(name, int)
+        if type(value) is not kind:
+            problems.append(Problem(f"{where}.config.{name}", value, f"must be of type {kind.__name__}"))
+    for name in ("process_bytes", "peak_allocated_bytes"):
+        if type(figures.get(name)) is not int:
+            problems.append(Problem(f"{where}.estimate.{name}", figures.get(name), "must be a number of bytes"))
+    for name in ("tokens_per_second", "oom_risk"):
+        if not isinstance(entry.get(name), (int, float, type(None))):
+            problems.append(Problem(f"{where}.{name}", entry.get(name), "must be a number"))
+    if not problems:
+        shape, step = restore(entry)
+        problems = [replace(p, field=f"{where}.config.{p.field}") for p in (*check_shape(shape), *check_step(step))]
+    return problems
 
 
 def restore(entry: dict[str, Any]) -> tuple[Shape, StepConfig]:

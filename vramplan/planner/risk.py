@@ -19,6 +19,13 @@ real peaks far closer; the rest allows for the allocator and, when compiled, for
 modelled and not measured."""
 
 
+LARGEST_RISK = 0.5
+"""Beyond it a plan would be expected to run out."""
+
+CERTAINTY = 1e-6
+"""An assumed distribution says nothing about odds longer than this."""
+
+
 @dataclass(frozen=True, slots=True)
 class OomRisk:
     """Probability of running out, and where it comes from."""
@@ -36,11 +43,11 @@ def oom_risk(process_bytes: int, budget_bytes: int, step: StepConfig) -> OomRisk
     """Probability that the process needs more than the budget, both in bytes."""
     sigma = assumed_error(step)
     z = (budget_bytes - process_bytes) / (sigma * process_bytes)
-    probability = 0.5 * math.erfc(z / math.sqrt(2))
+    probability = min(1 - CERTAINTY, max(CERTAINTY, 0.5 * math.erfc(z / math.sqrt(2))))
     reason = f"stated margin, no measurements of this card: error assumed normal with {sigma:.1%} standard deviation"
     return OomRisk(probability, reason)
 
 
 def needed_bytes(process_bytes: Ints, step: StepConfig, max_risk: float) -> Ints:
-    """Smallest budget in bytes that keeps the risk within ``max_risk`` (0 < max_risk < 1); vectorised."""
-    return process_bytes * (1 + NormalDist().inv_cdf(1 - max_risk) * assumed_error(step))
+    """Smallest budget in bytes that keeps the risk within ``max_risk`` (0 < max_risk <= 0.5); vectorised."""
+    return process_bytes * (1 - NormalDist().inv_cdf(max_risk) * assumed_error(step))

@@ -18,11 +18,14 @@ from ..errors import ConfigError, Problem
 from .gpu import Gpu
 from .memory import Estimate, context_bytes, estimate, peak_allocated
 from .risk import needed_bytes
-from .shape import Shape
+from .shape import Shape, divisors
 from .speed import tokens_per_second
 from .step import Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
 
 Numbers = Any  # numpy arrays
+
+LARGEST_STEP = 2**30
+"""Tokens per step beyond which a value is taken for a slip."""
 
 LOSS_CHUNKS = (512, 1024, 2048, 4096)
 """Tokens per slice that the search tries."""
@@ -50,9 +53,11 @@ class Grid:
         block = self.shapes[0].block_size
         check_tokens_per_step(self.tokens_per_step, block)
         sequences = self.tokens_per_step // block
-        every = tuple(b for b in range(1, sequences + 1) if sequences % b == 0)
+        every = divisors(sequences)
         if self.batch_sizes is None:
             return every
+        if min(self.batch_sizes) < 1:
+            raise ConfigError(Problem("batch_size", min(self.batch_sizes), "must be at least 1"))
         wrong = [b for b in self.batch_sizes if b not in every]
         if wrong:
             rule = f"does not divide the {sequences} sequences of a step"
@@ -79,6 +84,10 @@ class Grid:
 
 def check_tokens_per_step(tokens: int, block_size: int) -> None:
     """Raise ConfigError, listing the nearest totals, unless whole sequences add up to exactly ``tokens``."""
+    if tokens > LARGEST_STEP:
+        raise ConfigError(
+            Problem("tokens_per_step", tokens, f"is beyond the largest that is planned for, {LARGEST_STEP}")
+        )
     if tokens < 1 or tokens % block_size:
         below, above = tokens // block_size * block_size, (tokens // block_size + 1) * block_size
         near = [str(n) for n in (below, above) if n > 0]

@@ -109,8 +109,11 @@ PUBLISHED = (
     PublishedShape("Pythia 6.9B", 32, 32, 4096),
 )
 
-CONVENTIONAL_ASPECT = (21.0, 171.0)
-"""Width/depth of the published shapes above run from 21 (Pythia 14M) and 33 (GPT-2 XL) to 128 (Pythia 1B)."""
+CONVENTIONAL_ASPECT = (33.0, 128.0)
+"""Width/depth of the published shapes: from 33 (GPT-2 XL) to 128 (Pythia 1B); only the toy Pythia 14M is narrower."""
+
+DEEPEST = 200
+"""Layers beyond which no candidate is offered; GPT-3 has 96."""
 
 TIE = 0.02
 """Two shapes whose distances from the target fall into the same 2 % step are equally near."""
@@ -122,6 +125,16 @@ def published_name(shape: Shape) -> str | None:
     return next((p.name for p in PUBLISHED if (p.n_layer, p.n_head, p.n_embd) == key), None)
 
 
+LARGEST = {"n_layer": 1000, "n_head": 1024, "n_embd": 65_536, "vocab_size": 10_000_000, "block_size": 1_048_576}
+"""Beyond these a value is taken for a slip; no published GPT comes near."""
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """Every positive divisor of ``n``, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
+
+
 def check_shape(shape: Shape) -> list[Problem]:
     """List everything that makes a shape impossible, each with the nearest legal values. Empty when legal."""
     problems = []
@@ -129,6 +142,8 @@ def check_shape(shape: Shape) -> list[Problem]:
         value = getattr(shape, field)
         if value < 1:
             problems.append(Problem(field, value, "must be at least 1"))
+        elif value > LARGEST[field]:
+            problems.append(Problem(field, value, f"is beyond the largest that is planned for, {LARGEST[field]}"))
     if problems:
         return problems
     if shape.n_embd % shape.n_head:
@@ -170,7 +185,7 @@ def legal_neighbours(shape: Shape) -> list[Shape]:
 
     def offer(n_head: int, n_embd: int) -> None:
         candidate = replace(shape, n_head=n_head, n_embd=n_embd)
-        if n_head >= 1 and n_embd >= n_head and candidate not in found:
+        if 1 <= n_head <= min(n_embd, LARGEST["n_head"]) and candidate not in found:
             found.append(candidate)
 
     same_width = [h // d for d in (64, 32, 128) if h % d == 0]
@@ -187,6 +202,13 @@ def legal_neighbours(shape: Shape) -> list[Shape]:
     return found
 
 
+def disproportion(shape: Shape) -> float:
+    """How far width/depth lies outside what is usual, as the logarithm of the ratio; 0 inside."""
+    low, high = CONVENTIONAL_ASPECT
+    aspect = shape.n_embd / shape.n_layer
+    return max(0.0, math.log(low / aspect), math.log(aspect / high))
+
+
 def conventional(shape: Shape) -> bool:
     """Whether proportions are those of published GPTs: head_dim 64 or 128, width a multiple of 64, usual width/depth.
 
@@ -194,12 +216,11 @@ def conventional(shape: Shape) -> bool:
     """
     if published_name(shape) is not None:
         return True
-    low, high = CONVENTIONAL_ASPECT
     return (
         shape.n_embd % shape.n_head == 0
         and shape.head_dim in (64, 128)
         and shape.n_embd % 64 == 0
-        and low <= shape.n_embd / shape.n_layer <= high
+        and disproportion(shape) == 0
     )
 
 
@@ -207,8 +228,8 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
     """Every legal shape within ``tolerance`` (a fraction) of ``target`` parameters, nearest and most usual first.
 
     Widths are multiples of 64 from 64 to 8192, heads 64 or 128 wide, any depth; published shapes are always offered.
-    ``like`` gives vocabulary, block size, biases and tying. Sorted by: conventional, distance in steps of TIE,
-    published, distance, head_dim 64 before 128.
+    ``like`` gives vocabulary, block size, biases and tying. Sorted by: how far out of proportion (not at all for
+    conventional ones), distance in steps of TIE, published, distance, head_dim 64 before 128.
     """
     low, high = target * (1 - tolerance), target * (1 + tolerance)
     found: dict[tuple[int, int, int], Shape] = {}
@@ -220,7 +241,7 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
         one = replace(like, n_layer=1, n_head=1, n_embd=n_embd)
         outside = one.parameters - one.block_parameters
         fewest = max(1, math.ceil((low - outside) / one.block_parameters))
-        most = math.floor((high - outside) / one.block_parameters)
+        most = min(DEEPEST, math.floor((high - outside) / one.block_parameters))
         for n_layer in range(fewest, most + 1):
             for head_dim in (64, 128):
                 if n_embd % head_dim == 0:
@@ -228,8 +249,9 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
                     shape = replace(one, n_layer=n_layer, n_head=n_head)
                     found.setdefault((n_layer, n_head, n_embd), shape)
 
-    def key(s: Shape) -> tuple[bool, int, bool, float, bool]:
+    def key(s: Shape) -> tuple[float, int, bool, float, bool]:
         distance = abs(s.parameters - target) / target
-        return (not conventional(s), math.floor(distance / TIE), published_name(s) is None, distance, s.head_dim != 64)
+        unusual = 0.0 if conventional(s) else disproportion(s)
+        return (unusual, math.floor(distance / TIE), published_name(s) is None, distance, s.head_dim != 64)
 
     return sorted(found.values(), key=key)

@@ -181,9 +181,10 @@ def efficiency(gpu: Gpu) -> Efficiency:
     return EFFICIENCY[(gpu.architecture, gpu.market)]
 
 
-def matmul_dtype(step: StepConfig) -> str:
+def matmul_dtype(step: StepConfig, gpu: Gpu) -> str:
     """What the products run in: the step's dtype, but nanoGPT allows TF32 for its float32 (train.py, allow_tf32)."""
-    return "tf32" if step.workload == "nanogpt" and step.dtype == "float32" else step.dtype
+    tf32 = step.workload == "nanogpt" and step.dtype == "float32" and gpu.supports_bf16
+    return "tf32" if tf32 else step.dtype
 
 
 def step_time(shape: Shape, step: StepConfig, gpu: Gpu) -> StepTime:
@@ -192,9 +193,7 @@ def step_time(shape: Shape, step: StepConfig, gpu: Gpu) -> StepTime:
     Raises ConfigError when the card has no such dtype (bfloat16 on Turing).
     """
     reached = efficiency(gpu)
-    dtype = matmul_dtype(step)
-    if dtype == "tf32" and not gpu.supports_bf16:
-        dtype = "float32"
+    dtype = matmul_dtype(step, gpu)
     peak = gpu.peak_flops(dtype)
     bandwidth = gpu.bandwidth_bytes_per_second * reached.bandwidth
     tokens = tokens_per_step(shape, step)

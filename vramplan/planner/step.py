@@ -15,6 +15,9 @@ Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw8bit"]
 Workload = Literal["vramplan", "nanogpt", "autocast"]
 DeviceKind = Literal["cuda", "cpu"]
 
+LARGEST_COUNT = 2**30
+"""Beyond this a batch, an accumulation or a slice is taken for a slip."""
+
 DEFAULT_LOSS_CHUNK = 1024
 """Tokens per slice of the chunked loss."""
 
@@ -61,6 +64,8 @@ def check_step(step: StepConfig) -> list[Problem]:
         value = getattr(step, field)
         if value < 1:
             problems.append(Problem(field, value, "must be at least 1"))
+        elif value > LARGEST_COUNT:
+            problems.append(Problem(field, value, f"is beyond the largest that is planned for, {LARGEST_COUNT}"))
     for field, known in CHOICES.items():
         value = getattr(step, field)
         if value not in known:

@@ -70,6 +70,8 @@ def print_plans(plans: PlanSet, notes: Iterable[str], saved_as: Path | None = No
     out.print(f"[bold]Plan for {where}[/]: {gib(plans.budget.budget_bytes)} to use{kept}")
     for note in notes:
         out.print(f"  [dim]{note}[/]")
+    for note in plans.notes:
+        out.print(f"  [yellow]warning[/]: {note}")
     out.print(f"\n[bold green]Recommended[/] {sentence(best)}")
     out.print(f"  {best.reason}; searched in {duration(plans.seconds)}.\n")
     out.print(breakdown_table(best.estimate, plans.budget.budget_bytes))

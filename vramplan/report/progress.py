@@ -8,13 +8,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..planner.plan import FAR_FROM_TARGET
 from ..runconfig import RunConfig
 from ..trainer import events
 from ..units import count, duration, gib
 from .console import console
-
-FAR_FROM_TARGET = 0.10
-"""A model this far (fraction) from the size asked for is worth a warning."""
 
 
 class TrainingView:
