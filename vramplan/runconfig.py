@@ -6,9 +6,7 @@ Sections: ``[model]`` the shape, ``[step]`` what decides memory, ``[train]`` the
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import tomllib
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError, Problem, did_you_mean
+from .files import write_text
 from .planner.shape import PADDED_GPT2_VOCAB, Shape, check_shape
 from .planner.step import (
     DEFAULT_LOSS_CHUNK,
@@ -176,19 +175,7 @@ class RunConfig(_Section):
 
     def save(self, path: str | Path) -> None:
         """Write the TOML atomically: a temporary file beside it, flushed, then renamed. Raises ConfigError."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as f:
-                f.write(self.to_toml())
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise ConfigError(Problem("config", str(path), f"cannot be written ({error.strerror})")) from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_text(path, self.to_toml(), "config")
 
 
 def _plain(value: Any) -> Any:

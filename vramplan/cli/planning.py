@@ -10,6 +10,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from ..errors import ConfigError, Problem
+from ..files import write_text
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
 from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans
@@ -31,17 +32,32 @@ search_options = options(
         help="Settle the shape by closeness to --params, or let speed decide.",
     ),
     click.option("--tokens-per-step", type=Count(), default="524288", show_default=True, help="Kept exactly."),
-    click.option("--batch-size", type=int, help="Pin the micro-batch."),
-    click.option("--dtype", type=_choice("dtype", ("auto",)), default="auto", show_default=True),
+    click.option("--batch-size", type=int, help="Pin the micro-batch (sequences)."),
+    click.option(
+        "--dtype", type=_choice("dtype", ("auto",)), default="auto", show_default=True,
+        help="Of products and activations.",
+    ),
     click.option(
         "--compile", "compile_", type=click.Choice(["auto", "on", "off"]), is_flag=False, flag_value="on",
         default="auto", show_default=True, help="torch.compile.",
     ),
     click.option("--no-compile", is_flag=True, help="The same as --compile off."),
-    click.option("--loss", type=_choice("loss", ("auto",)), default="auto", show_default=True),
-    click.option("--checkpointing", type=_choice("checkpointing", ("auto",)), default="auto", show_default=True),
-    click.option("--optimizer", type=_choice("optimizer", ("auto",)), default="auto", show_default=True),
-    click.option("--workload", type=_choice("workload"), default="vramplan", show_default=True, help="Whose script."),
+    click.option(
+        "--loss", type=_choice("loss", ("auto",)), default="auto", show_default=True,
+        help="Over all logits at once, or in slices.",
+    ),
+    click.option(
+        "--checkpointing", type=_choice("checkpointing", ("auto",)), default="auto", show_default=True,
+        help="Recompute each block's activations in the backward.",
+    ),
+    click.option(
+        "--optimizer", type=_choice("optimizer", ("auto",)), default="auto", show_default=True,
+        help="8-bit states are taken only when nothing else fits.",
+    ),
+    click.option(
+        "--workload", type=_choice("workload"), default="vramplan", show_default=True,
+        help="Whose memory: our trainer, nanoGPT's train.py, or the usual autocast loop.",
+    ),
     click.option("--token-budget", type=Count(), help="Tokens to train on. [default: 20 per parameter]"),
     click.option("--top", type=click.IntRange(1, 50), default=5, show_default=True, help="Plans to show."),
 )  # fmt: skip
@@ -82,7 +98,7 @@ def plan(
     target = resolve_target(search["gpu"], search["vram"], search["reserve"], search["headless"])
     plans = search_plans(target, search)
     if output is not None:
-        write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n")
+        write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n", "--output")
     if as_json:
         click.echo(json.dumps(plans.as_dict()))
     else:
@@ -158,16 +174,6 @@ def _illegal_shape(target: Target, search: dict[str, Any], like: Shape) -> Probl
     return price_illegal(asked, lambda s: _grid(target, search, (s,)), target.gpu, target.budget, search["max_risk"])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary name, so that nothing is left half-written."""
-    try:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(Problem("--output", str(path), f"cannot be written ({error.strerror})")) from None
-
-
 # -------------------------------------------------------------------- apply
 
 
@@ -193,7 +199,7 @@ def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps:
     if output is None:
         click.echo(text, nl=False)
     else:
-        write_text(output, text)
+        write_text(output, text, "--output")
         follow = (
             f"vramplan train {output} --data FILE.parquet --out RUN" if form == "toml" else f"python train.py {output}"
         )
@@ -214,15 +220,15 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @card_options(default=None)
 @shape_options
-@click.option("--batch-size", type=int)
-@click.option("--grad-accum", type=int, help="[default: 1]")
-@click.option("--dtype", type=_choice("dtype"), help="[default: bfloat16]")
-@click.option("--compile/--no-compile", "compile_", default=None, help="[default: no]")
+@click.option("--batch-size", type=int, help="Sequences per micro-batch.")
+@click.option("--grad-accum", type=int, help="Micro-batches per optimizer step. [default: 1]")
+@click.option("--dtype", type=_choice("dtype"), help="Of products and activations. [default: bfloat16]")
+@click.option("--compile/--no-compile", "compile_", default=None, help="torch.compile. [default: no]")
 @click.option("--loss", type=_choice("loss"), help="[default: chunked; full for the other workloads]")
-@click.option("--loss-chunk-tokens", type=int, help=f"[default: {DEFAULT_LOSS_CHUNK}]")
-@click.option("--checkpointing", type=_choice("checkpointing"), help="[default: none]")
+@click.option("--loss-chunk-tokens", type=int, help=f"Tokens per slice. [default: {DEFAULT_LOSS_CHUNK}]")
+@click.option("--checkpointing", type=_choice("checkpointing"), help="Of activations. [default: none]")
 @click.option("--optimizer", type=_choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
-@click.option("--workload", type=_choice("workload"), help="[default: vramplan]")
+@click.option("--workload", type=_choice("workload"), help="Whose script. [default: vramplan]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_risk: float, **given: Any) -> None:

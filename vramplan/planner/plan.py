@@ -15,9 +15,18 @@ from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
 from .risk import LARGEST_RISK, OomRisk, needed_bytes, oom_risk
 from .search import Grid, Ranking, confirm, quality_price, rank
-from .shape import PUBLISHED, Shape, awkward, check_shape, conventional, legal_neighbours, published_name
+from .shape import (
+    PADDED_GPT2_VOCAB,
+    PUBLISHED,
+    Shape,
+    awkward,
+    check_shape,
+    conventional,
+    legal_neighbours,
+    published_name,
+)
 from .speed import matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
-from .step import CHOICES, StepConfig, check_step
+from .step import CHOICES, StepConfig, check_step, tokens_per_step
 
 SCHEMA = 1
 SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias", "tied")
@@ -325,6 +334,21 @@ def restore(entry: dict[str, Any]) -> tuple[Shape, StepConfig]:
 def plan_gpu(name: str | None) -> Gpu | None:
     """The catalogue entry a plan file or run configuration names, if any."""
     return find_gpu(name) if name else None
+
+
+def nanogpt_plan(data: dict[str, Any], shape: Shape, step: StepConfig) -> Plan:
+    """The best way to run this shape with nanoGPT's own memory, at the tokens per step and budget of a plan file.
+
+    nanoGPT ties the head and, without a meta.pkl, has 50,304 tokens. Raises DoesNotFitError when it does not fit.
+    """
+    shape = replace(shape, tied=True, vocab_size=PADDED_GPT2_VOCAB)
+    grid = Grid(
+        shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
+        compiles=(True, False) if step.compile else (False,), losses=("full",), checkpointings=("none",),
+        optimizers=("adamw-fused",), device=step.device, workload="nanogpt",
+    )  # fmt: skip
+    budget = Budget(total_bytes=data["budget_bytes"], reserve_bytes=0)
+    return make_plan(grid, plan_gpu(data["gpu"]), budget, max_risk=data["max_risk"], top=1).plans[0]
 
 
 def price_illegal(

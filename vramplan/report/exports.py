@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from .. import __version__
-from ..planner.gpu import Budget
-from ..planner.plan import Plan, make_plan, plan_gpu, restore
-from ..planner.search import Grid
-from ..planner.shape import GPT2_VOCAB, PADDED_GPT2_VOCAB, Shape
+from ..planner.plan import nanogpt_plan, restore
+from ..planner.shape import PADDED_GPT2_VOCAB, Shape
 from ..planner.step import StepConfig, tokens_per_step
 from ..runconfig import RunConfig, suggested_training
 from ..units import count, gib
@@ -36,18 +33,6 @@ def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) ->
     return RunConfig.build(shape, step, train=train, plan={k: v for k, v in plan.items() if v is not None})
 
 
-def nanogpt_plan(data: dict[str, Any], shape: Shape, step: StepConfig) -> Plan:
-    """The best way to run this shape with nanoGPT's own memory, at the same tokens per step and budget."""
-    grid = Grid(
-        shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
-        compiles=(True, False) if step.compile else (False,), losses=("full",), checkpointings=("none",),
-        optimizers=("adamw-fused",), device=step.device, workload="nanogpt",
-    )  # fmt: skip
-    budget = Budget(total_bytes=data["budget_bytes"], reserve_bytes=0)
-    found = make_plan(grid, plan_gpu(data["gpu"]), budget, max_risk=data["max_risk"], top=1)
-    return replace(found.plans[0], rank=1)
-
-
 def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig) -> str:
     """Text of a file that nanoGPT's configurator executes: plain assignments of its own names.
 
@@ -59,13 +44,16 @@ def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig) -> str:
     steps = -(-data["token_budget"] // sequences)
     where = data["gpu"] or "this machine"
     lines = [
-        f"# {shape.label}, {count(shape.parameters)} parameters, planned by vramplan {__version__} for {where}.",
+        f"# {plan.shape.label}, {count(plan.shape.parameters)} parameters.",
+        f"# Planned by vramplan {__version__} for {where}.",
         f"# nanoGPT is expected to need {gib(plan.estimate.process_bytes)} of {gib(data['budget_bytes'])}.",
     ]
-    if shape.vocab_size not in (GPT2_VOCAB, PADDED_GPT2_VOCAB):
-        lines.append(f"# vocab_size={shape.vocab_size} must come from the data set's meta.pkl; without it: 50304.")
+    if shape.vocab_size != PADDED_GPT2_VOCAB:
+        lines.append(f"# Priced with nanoGPT's {PADDED_GPT2_VOCAB} tokens; {shape.vocab_size} must come from meta.pkl.")
     if not shape.tied:
         lines.append("# nanoGPT always ties the head; the untied head of the plan is not used.")
+    if plan.step.batch_size != step.batch_size:
+        lines.append(f"# The plan's batch_size {step.batch_size} is for our trainer; nanoGPT's memory allows this one.")
     values: dict[str, Any] = {
         "batch_size": plan.step.batch_size,
         "gradient_accumulation_steps": plan.step.grad_accum,

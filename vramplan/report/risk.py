@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..planner.gpu import Gpu
-from ..planner.levers import Lever, levers
+from ..planner.levers import Lever, largest_batch, levers
 from ..planner.memory import Estimate, estimate
 from ..planner.risk import OomRisk, needed_bytes, oom_risk
 from ..planner.shape import Shape
@@ -36,6 +36,7 @@ class RiskReport:
     estimate: Estimate
     risk: OomRisk
     needs_bytes: int
+    largest_batch: int
     levers: tuple[Lever, ...]
     measured: Mapping[str, Any]
 
@@ -50,6 +51,7 @@ class RiskReport:
             "oom_risk": self.risk.probability,
             "oom_risk_reason": self.risk.reason,
             "needs_bytes": self.needs_bytes,
+            "largest_batch": self.largest_batch,
             "estimate": self.estimate.as_dict(),
             "top_tensors": [
                 {"name": t.name, "category": t.category, "bytes": t.n_bytes} for t in self.estimate.alive_at_peak[:10]
@@ -85,6 +87,7 @@ def build_report(
         estimate=full,
         risk=oom_risk(full.process_bytes, budget_bytes, step),
         needs_bytes=int(needed_bytes(full.process_bytes, step, max_risk)),
+        largest_batch=largest_batch(shape, step, gpu, budget_bytes, max_risk),
         levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk)),
         measured=measured or {},
     )
@@ -119,6 +122,8 @@ def _lever_table(report: RiskReport) -> Table:
     table = Table(title="\nLevers, one at a time", title_justify="left", box=None, padding=(0, 2))
     for name in ("change", "needs", "saves", "speed", "largest batch"):
         table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
+    largest = str(report.largest_batch) if report.largest_batch else "none fits"
+    table.add_row("as it is", gib(report.estimate.process_bytes), "", "", largest)
     for lever in report.levers:
         speed = "n/a" if lever.speed_ratio is None else f"{lever.speed_ratio:.2f}x"
         largest = str(lever.largest_batch) if lever.largest_batch else "none fits"
