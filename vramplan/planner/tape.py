@@ -61,7 +61,7 @@ class Repeat:
 
 
 class Tape:
-    """Records allocations and releases. ``granularity`` is what the allocator rounds each request up to, in bytes."""
+    """Records allocations and releases. The allocator rounds each request up to ``granularity`` bytes, a power of 2."""
 
     def __init__(self, granularity: int = 1) -> None:
         self.granularity = granularity
@@ -73,7 +73,7 @@ class Tape:
     def row(self, name: str, category: Category, n_bytes: Ints, times: int = 1) -> Row:
         """Declare a tensor of ``n_bytes`` without allocating it yet."""
         g = self.granularity
-        row = Row(len(self.rows), name, category, -(-n_bytes // g) * g if g > 1 else n_bytes, times)
+        row = Row(len(self.rows), name, category, (n_bytes + (g - 1)) & -g if g > 1 else n_bytes, times)
         self.rows.append(row)
         return row
 
