@@ -158,6 +158,20 @@ def test_bad_data_is_one_clear_error(config, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_files_of_the_same_name_do_not_share_shards(config, corpus, tmp_path):
+    other = tmp_path / "elsewhere" / "text.parquet"
+    other.parent.mkdir()
+    pq.write_table(pa.table({"text": ["something else entirely, over and over again. " * 20] * 40}), other)
+    first, second = tmp_path / "first", tmp_path / "second"
+    short = ("--max-steps", "2")
+    run("train", config, "--data", corpus, "--out", first, *short)
+    run("train", config, "--data", other, "--out", second, *short)
+    folders = sorted(p.name for p in (tmp_path / "shards").iterdir())
+    assert len(folders) == 2
+    assert "Using" in run("train", config, "--data", corpus, "--out", tmp_path / "third", *short).stdout
+    assert "already finished" in run("train", "--resume", first).stdout
+
+
 def test_another_scripts_workload_cannot_be_trained(config, corpus, tmp_path):
     text = config.read_text().replace('workload = "vramplan"', 'workload = "nanogpt"').replace("chunked", "full")
     (tmp_path / "nano.toml").write_text(text)

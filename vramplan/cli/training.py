@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ def start_training(
             found = ShardSet.open(_known_shards(out, resume))
         else:
             tokenizer = load_tokenizer()
-            directory = shards or out.parent / "shards" / Path(data).stem.replace("*", "all")
+            directory = shards or _default_shards(data, out, fitting)
             found = prepare(
                 data, directory, tokenizer, fitting.data, fitting.model.vocab_size,
                 block_size=fitting.model.block_size, on_event=view,
@@ -103,6 +104,13 @@ def start_training(
         )  # fmt: skip
     if result.interrupted and result.signal_number is not None:
         sys.exit(128 + result.signal_number)
+
+
+def _default_shards(data: str, out: Path, config: RunConfig) -> Path:
+    """Beside the run, so that its neighbours share them: one folder for each source and way of cutting it."""
+    identity = f"{Path(data).absolute()} {config.data.model_dump_json()}"
+    name = Path(data).stem.replace("*", "all") or "all"
+    return out.parent / "shards" / f"{name}-{zlib.crc32(identity.encode()):08x}"
 
 
 def _known_shards(out: Path, resume: bool) -> Path:
