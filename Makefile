@@ -1,6 +1,6 @@
 # Everything sets itself up from nothing: a virtual environment in .venv, exact versions from constraints.txt.
 #   make PYTHON=python3.12 test    takes another interpreter (3.11 or later)
-#   make VENV=/tmp/venv test       puts the environment elsewhere
+#   make VENV=../venv test         puts the environment elsewhere
 
 PYTHON ?= python3
 VENV ?= .venv
