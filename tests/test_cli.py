@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from vramplan.cli import COMMANDS, main
+from vramplan.device import GpuProcess, LiveGpu
 from vramplan.runconfig import RunConfig
 
 RTX3060_GPT = [
@@ -265,3 +266,24 @@ def test_a_size_far_from_the_one_asked_for_is_a_warning():
         "plan", "--gpu", "4070", "--params", "125M", "--n-layer", "12", "--n-head", "12", "--n-embd", "384"
     ).stdout
     assert "41.0M parameters, far from the 125.0M asked for" in text
+
+
+def test_auto_plans_for_what_is_free_now_and_names_who_holds_the_rest(monkeypatch):
+    desktop = (GpuProcess(411, "firefox", 2 * 2**30), GpuProcess(7, "Xorg", None))
+    card = LiveGpu(0, "NVIDIA GeForce RTX 4070", 12282 * 2**20, int(8.3 * 2**30), "580.1", (8, 9), desktop)
+    monkeypatch.setattr("vramplan.cli.options.live_gpu", lambda: card)
+    text = run("plan", "--gpu", "auto", "--params", "125M", "--no-compile").stdout
+    for words in ("8.30 GiB is free", "firefox (pid 411) holds 2.00 GiB", "Xorg (pid 7)", "12L/12H/768E"):
+        assert words in text
+    answer = run_json("plan", "--params", "125M", "--no-compile")
+    assert answer["budget_bytes"] == int(8.3 * 2**30)
+    assert answer["plans"][0]["needs_bytes"] <= answer["budget_bytes"]
+
+
+def test_a_live_card_outside_the_catalogue_is_planned_for_memory(monkeypatch):
+    card = LiveGpu(0, "NVIDIA TITAN V", 12 * 2**30, 11 * 2**30, "580.1", (7, 0), ())
+    monkeypatch.setattr("vramplan.cli.options.live_gpu", lambda: card)
+    answer = run_json("plan", "--params", "125M", "--no-compile")
+    assert answer["plans"][0]["tokens_per_second"] is None
+    assert answer["plans"][0]["needs_bytes"] <= 11 * 2**30
+    assert "not in the catalogue" in run("plan", "--params", "125M", "--no-compile").stdout
