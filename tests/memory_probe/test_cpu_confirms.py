@@ -143,6 +143,8 @@ def test_every_phase_is_estimated_not_only_the_highest(config: tuple[Shape, Step
     assert set(real.phase_peaks) == set(e.phase_peaks) - {"persistent"}
     for phase, peak in real.phase_peaks.items():
         assert e.phase_peaks[phase] == pytest.approx(peak, rel=PEAK_TOLERANCE), phase
+    net, real_net = (peaks["evaluation"] - real.persistent_bytes for peaks in (e.phase_peaks, real.phase_peaks))
+    assert net == pytest.approx(real_net, rel=NET_TOLERANCE)
 
 
 def test_the_cases_cover_every_setting() -> None:
@@ -192,24 +194,30 @@ class Steps:
         self._train = TrainStep(self.model, self.optimizer, step, grad_clip=1.0, device=torch.device("cpu"))
 
     def run(self) -> None:
+        self._train(self._batches(), 1e-3)
+
+    def evaluate(self) -> None:
+        self._train.evaluate(self._batches())
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         size = (self.step.batch_size, self.shape.block_size)
-        draws = range(self.step.grad_accum)
-        self._train(
-            (
-                (torch.randint(0, self.shape.vocab_size, size), torch.randint(0, self.shape.vocab_size, size))
-                for _ in draws
-            ),
-            1e-3,
-        )
+        for _ in range(self.step.grad_accum):
+            yield torch.randint(0, self.shape.vocab_size, size), torch.randint(0, self.shape.vocab_size, size)
 
 
-def allocator_peak(shape: Shape, step: StepConfig) -> int:
-    """Most bytes that the CPU allocator itself had handed out during the second step, kernels' scratch included."""
+def allocator_peak(shape: Shape, step: StepConfig, *, evaluation: bool = False) -> int:
+    """Most bytes that the CPU allocator itself had handed out during the second step, kernels' scratch included.
+
+    Or, instead of that step, during the second of two evaluations that follow the first.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         steps = Steps(shape, step)
         steps.run()
+        again = steps.evaluate if evaluation else steps.run
+        if evaluation:
+            again()  # compiles
         with record_function("second step"):
-            steps.run()
+            again()
     found: list[tuple[int, int, bool]] = []
 
     def walk(event: Any, last: bool) -> None:
@@ -285,16 +293,31 @@ def test_one_step_is_not_enough() -> None:
         measure_cpu_step((SHAPES["half"], STEP), steps=1)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"grad_accum": 2, "loss": "full"}, {"loss": "chunked", "loss_chunk_tokens": 256}],
-    ids=["full loss, accumulating", "chunked loss"],
+COMPILED = [
+    pytest.param({"grad_accum": 2, "loss": "full"}, id="full loss, accumulating"),
+    pytest.param({"loss": "chunked", "loss_chunk_tokens": 256}, id="chunked loss"),
+]
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which("gcc") is None and shutil.which("clang") is None, reason="inductor needs a C++ compiler"
 )
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("settings", COMPILED)
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_a_compiled_step_needs_what_the_compiled_table_says(settings: dict[str, Any]) -> None:
-    if shutil.which("gcc") is None and shutil.which("clang") is None:
-        pytest.skip("inductor needs a C++ compiler")
     shape = Shape(n_layer=3, n_head=4, n_embd=128, vocab_size=2048, block_size=128)
     step = replace(STEP, batch_size=8, compile=True, **settings)
     torch._dynamo.reset()
     assert estimate(shape, step).peak_allocated_bytes == pytest.approx(allocator_peak(shape, step), rel=0.02)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("settings", [{"loss": "full"}, {"loss": "chunked", "loss_chunk_tokens": 1024}])
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_evaluation_needs_what_the_compiled_table_says(settings: dict[str, Any]) -> None:
+    shape = Shape(n_layer=2, n_head=4, n_embd=128, vocab_size=2048, block_size=128)
+    step = replace(STEP, batch_size=8, compile=True, **settings)
+    torch._dynamo.reset()
+    real = allocator_peak(shape, step, evaluation=True)
+    assert estimate(shape, step).phase_peaks["evaluation"] == pytest.approx(real, rel=0.02)

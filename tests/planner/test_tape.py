@@ -83,6 +83,13 @@ def test_closed_form_equals_the_enumerated_step(shape: Shape, step: StepConfig) 
 
 @SLOW_IS_FINE
 @given(shape=shapes(), step=steps())
+def test_an_evaluation_never_needs_more_than_the_training_step(shape: Shape, step: StepConfig) -> None:
+    """So the search may leave it out: the same persistent state, and less of everything else."""
+    assert peak(tensor_table(shape, step)) == peak(tensor_table(shape, step, evaluation=False))
+
+
+@SLOW_IS_FINE
+@given(shape=shapes(), step=steps())
 def test_the_step_leaves_weights_gradients_and_the_callers_logits(shape: Shape, step: StepConfig) -> None:
     tape = tensor_table(shape, step)
     alive: Counter[str] = Counter()

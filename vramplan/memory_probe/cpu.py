@@ -26,7 +26,9 @@ from .meter import TensorMeter
 
 @dataclass(frozen=True, slots=True)
 class CpuMeasurement:
-    """One metered optimizer step. ``persistent_bytes`` are alive before it: weights and optimizer states, no gradients.
+    """One metered optimizer step and an evaluation after it, over as many batches as the step has micro-batches.
+
+    ``persistent_bytes`` are alive before the step: weights and optimizer states, no gradients.
 
     ``peak_operation`` is the dispatcher's name of the operation whose result made the peak, for example
     ``aten.mm.default``; ``phase_peaks`` are the most bytes alive within each phase, in order of first appearance.
@@ -45,16 +47,23 @@ class _Phase:
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         self.name = "optimizer step"
         self.forward = False
-        model.register_forward_pre_hook(self._forward_begins)
-        model.blocks[0].register_forward_pre_hook(self._embedded)
-        for block in model.blocks:
-            block.register_forward_pre_hook(self._block_begins)
+        self._hooks = [
+            model.register_forward_pre_hook(self._forward_begins),
+            model.blocks[0].register_forward_pre_hook(self._embedded),
+            *(block.register_forward_pre_hook(self._block_begins) for block in model.blocks),
             # checkpointing leaves a recomputed block through an exception: always_call
-            block.register_forward_hook(self._block_ends, always_call=True)
-        model.ln_f.register_forward_pre_hook(self._blocks_done)
-        model.ln_f.register_forward_hook(self._norm_done)
-        model.register_forward_hook(self._loss_done)
-        optimizer.register_step_pre_hook(self._update_begins)
+            *(block.register_forward_hook(self._block_ends, always_call=True) for block in model.blocks),
+            model.ln_f.register_forward_pre_hook(self._blocks_done),
+            model.ln_f.register_forward_hook(self._norm_done),
+            model.register_forward_hook(self._loss_done),
+            optimizer.register_step_pre_hook(self._update_begins),
+        ]
+
+    def stay(self, name: str) -> None:
+        """Follow no longer: everything from here on is ``name``."""
+        for hook in self._hooks:
+            hook.remove()
+        self.name = name
 
     def _on_gradient(self, tensor: Tensor, name: str) -> None:
         """The phase becomes ``name`` once the gradient of ``tensor`` is complete."""
@@ -96,7 +105,7 @@ class _Phase:
 def measure_cpu_step(
     config: RunConfig | tuple[Shape, StepConfig], *, steps: int = 3, grad_clip: float = 1.0
 ) -> CpuMeasurement:
-    """Build the model, run ``steps`` optimizer steps on random tokens, and report the last one.
+    """Build the model, run ``steps`` optimizer steps on random tokens, evaluate, and report from the last step on.
 
     The first step creates the optimizer's states, so at least two are needed to see a step as all later ones are. Needs
     as much host memory as the step itself, and half precision is slow: use small vocabularies.
@@ -118,6 +127,9 @@ def measure_cpu_step(
             meter.restart()
             persistent = meter.live_bytes
             train(_random_batches(shape, step), learning_rate=1e-3)
+        gc.collect()
+        phase.stay("evaluation")
+        train.evaluate(_random_batches(shape, step))
     top = meter.timeline.peak
     return CpuMeasurement(top.live_bytes, persistent, top.phase, top.operation, meter.timeline.phase_peaks)
 

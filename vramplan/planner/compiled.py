@@ -78,6 +78,16 @@ class CompiledStep(EagerStep):
         t.free(copy)
         return Saved(kept)
 
+    def _loss_only(self) -> None:
+        """Full: one graph, log-softmax is fused into sums over each row. Chunked: the slices run as in eager mode."""
+        if self.step.loss == "chunked":
+            super()._loss_only()
+            return
+        t = self.tape
+        copy = t.new("head weight copy", "weights", 2 * self.V * self.h) if self.e == 2 else None
+        logits = t.new("evaluation logits", "logits_and_loss", self.e * self.V * self.N)
+        t.free(copy, t.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2), logits)
+
     def _loss_backward(self, loss: Saved) -> Row | None:
         t = self.tape
         if self.step.loss == "chunked":

@@ -21,11 +21,16 @@ class EagerStep(LossRows):
 
     _dx: Row
 
-    def write(self) -> Tape:
-        """The whole step: persistent state, one micro-step (a later one when accumulating), the optimizer's update."""
+    def write(self, *, evaluation: bool = True) -> Tape:
+        """Persistent state, an evaluation, one micro-step (a later one when accumulating), the optimizer's update."""
         t = self.tape
         t.phase = "persistent"
         self._persistent()
+        if evaluation and not self.autocast:
+            t.phase = "evaluation"
+            self._evaluation()
+            t.phase = "persistent"
+        self._kept_gradients()
         t.phase = "forward"
         kept_logits = self._caller_keeps()
         inputs = [t.new(name, "inputs", 8 * self.N) for name in ("tokens", "targets")]
@@ -199,6 +204,24 @@ class EagerStep(LossRows):
 
     def _leave_forward(self) -> None:
         self.tape.free(*self._locals, self._full_norm)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _evaluation(self) -> None:
+        """Forward and loss without autograd: a block's input goes when its output is there, and nothing is kept.
+
+        It is never the highest phase: the training step's forward and loss hold the same and more.
+        """
+        t = self.tape
+        inputs = [t.new(name, "inputs", 8 * self.N) for name in ("tokens", "targets")]
+        x = self._embedding_forward()
+        with t.repeat(self.shape.n_layer):
+            self._block_transient(x)
+            t.free_oldest(x)
+        hidden = self._norm_transient("ln_f")
+        t.free(x)
+        self._loss_only()
+        t.free(hidden, *inputs)
 
     # ---------------------------------------------------------------- backward
 

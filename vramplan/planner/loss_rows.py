@@ -69,6 +69,29 @@ class LossRows(StateRows):
         t.free(copy)
         return Saved(kept)
 
+    def _loss_only(self) -> None:
+        """The loss of an evaluation: all logits at once, or slices half as long as training's, worked on in place."""
+        t, V = self.tape, self.V
+        c = self.N if self.step.loss == "full" else -(-plain(np.minimum(self.step.loss_chunk_tokens, self.N)) // 2)
+        scalars = t.new("loss scalars", "logits_and_loss", 4, times=3)
+        copy = t.new("head weight copy", "weights", 2 * V * self.h) if self.e == 2 else None
+        with t.repeat(-(-self.N // c)):
+            logits = t.new("evaluation logits", "logits_and_loss", self.e * V * c)
+            if self.step.loss == "full":
+                t.free(copy)
+            if self.e == 2:
+                scores = t.new("evaluation logits, float32", "logits_and_loss", 4 * V * c)
+                t.free(logits)
+                logits = scores
+            if self.step.loss == "full":
+                t.free(t.new("evaluation log-probabilities", "logits_and_loss", 4 * V * c))
+            else:
+                t.free(t.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=4))
+            t.free(logits)
+        if self.step.loss == "chunked":
+            t.free(copy)
+        t.free(scalars)
+
     def _loss_backward(self, loss: Saved) -> Row | None:
         """Leaves the gradient of the hidden state alive; returns the head's gradient when it must wait (tied)."""
         t, VN = self.tape, self.V * self.N

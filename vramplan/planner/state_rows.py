@@ -76,11 +76,16 @@ class StateRows:
         for name, elements, copies in self._parameters():
             with t.repeat(copies):
                 t.new(name, "weights", 4 * elements)
-                if self.accumulates:
-                    t.new(f"{name} gradient", "gradients", 4 * elements)
                 self._optimizer_state(name, elements)
         if self.step.optimizer == "adamw8bit":
             t.new("quantisation maps", "optimizer", 1024, times=2)
+
+    def _kept_gradients(self) -> None:
+        """With accumulation ``.grad`` lives from the first micro-step to the update; between steps it is None."""
+        if self.accumulates:
+            for name, elements, copies in self._parameters():
+                with self.tape.repeat(copies):
+                    self.tape.new(f"{name} gradient", "gradients", 4 * elements)
 
     def _optimizer_state(self, name: str, elements: Ints) -> None:
         """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32

@@ -36,14 +36,15 @@ def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepCon
 
 
 def _chunked_loss_only(x: Tensor, head: Tensor, y: Tensor, chunk: int) -> Tensor:
+    """The loss of an evaluation, in slices of half the length: never more than a training slice, compiled or not."""
     weight = head.to(x.dtype)
     total = torch.zeros((), device=x.device)
+    chunk = -(-min(chunk, len(y)) // 2)
     for xs, ys in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
         scores = F.linear(xs, weight).float()
         picked, top = scores.gather(1, ys[:, None]), scores.amax(1, keepdim=True)
-        # in place: an evaluation must not need more than the training slice that was planned
         total += (scores.sub_(top).exp_().sum(1, keepdim=True).log() + top - picked).sum()
-        del scores
+        del scores, picked, top
     return total / y.numel()
 
 
@@ -111,5 +112,5 @@ def _fusable_slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _compiled_slice() -> Slice:
     """One fused kernel that goes from logits to their gradient without a float32 copy."""
-    compiled: Slice = torch.compile(_fusable_slice)
+    compiled: Slice = torch.compile(_fusable_slice, dynamic=False)
     return compiled

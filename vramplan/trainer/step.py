@@ -29,12 +29,14 @@ class StepResult:
 def _compiled(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
     """Compile the whole model, or with the chunked loss only the transformer.
 
-    A graph over the loss's slices would save each slice's product for the head's gradient until the backward.
+    A graph over the loss's slices would save each slice's product for the head's gradient until the backward. Never
+    dynamic: a short evaluation batch would turn the training graph into one of unknown sizes; it gets a graph of its
+    own instead.
     """
     if model.step.loss == "full":
-        whole: Callable[[Tensor, Tensor], Tensor] = torch.compile(model)
+        whole: Callable[[Tensor, Tensor], Tensor] = torch.compile(model, dynamic=False)
         return whole
-    hidden = torch.compile(model.hidden)
+    hidden = torch.compile(model.hidden, dynamic=False)
     return lambda tokens, targets: next_token_loss(hidden(tokens), model.head, targets, model.step)
 
 
