@@ -4,12 +4,15 @@ VramplanError                 exit code 1
 ├── ConfigError               exit code 2   bad input: field, value, rule, nearest legal values
 │   └── DataError             exit code 2   the same for Parquet files, shards and run directories
 ├── DoesNotFitError           exit code 3   nothing in the search fits the budget
-└── TokenizerUnavailableError exit code 1   no source for the merge table could be reached
+├── TokenizerUnavailableError exit code 1   no source for the merge table could be reached
+└── Stopped                   exit code 128 + the number of the signal that asked for it
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +73,29 @@ class DoesNotFitError(VramplanError):
 
 class TokenizerUnavailableError(VramplanError):
     """GPT-2's merge table is neither cached, nor downloadable, nor installed as a package."""
+
+
+class Stopped(VramplanError):  # noqa: N818 - what happened, not something wrong
+    """A signal ended the work; the message says what is left of it and how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:
+        """Pickle with the signal, so that the error survives the way out of a worker process."""
+        return type(self), (str(self), self.signal_number)
+
+
+def command(*words: object) -> str:
+    """A command as it must be typed, with paths quoted where this system's shell needs it."""
+    strings = [str(word) for word in words]
+    if os.name != "nt":
+        return shlex.join(strings)
+    from subprocess import list2cmdline
+
+    return list2cmdline(strings)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

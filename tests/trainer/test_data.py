@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -239,7 +242,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(tmp_path,
     path, out = write(tmp_path / "a.parquet", documents(2000)), tmp_path / "out"
     with pytest.raises(error):
         run(path, out, encoder=Interrupting())
-    assert list(out.iterdir()) == []
+    assert not out.exists()
     with pytest.raises(DataError, match=r"holds no manifest\.json"):
         ShardSet.open(out)
     assert run(path, out).documents["train"] > 1000
@@ -252,7 +255,7 @@ def test_a_killed_preparation_is_cleared_away(tmp_path):
     (out / "train-00007.bin").write_bytes(b"moved before the manifest was written")
     (out / "notes.txt").write_text("the user's own")
     shards = run(path, out)
-    expected = {s.file for s in shards.manifest.shards} | {MANIFEST, "notes.txt"}
+    expected = {s.file for s in shards.manifest.shards} | {MANIFEST, "notes.txt", ".lock"}
     assert {p.name for p in out.iterdir()} == expected
 
 
@@ -263,7 +266,70 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module.ShardWriter, "add", full)
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device\): free some space"):
         run(write(tmp_path / "a.parquet", documents(20)), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+CHILD = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[3])
+from test_data import Letters, DATA, prepare
+from vramplan.errors import Stopped
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Slow(Letters):
+    def encode_batch(self, texts):
+        print("encoding", flush=True)
+        deadline = time.monotonic() + 60
+        while not os.path.exists(sys.argv[4]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return super().encode_batch(texts)
+
+def show(event):
+    print(type(event).__name__, flush=True)
+
+try:
+    shards = prepare(sys.argv[1], sys.argv[2], Slow(), DATA, 128, block_size=16, on_event=show)
+except Stopped as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+print("tokens", shards.train_tokens, flush=True)
+"""
+
+
+def start_child(path, out) -> subprocess.Popen:
+    """Prepares, but encodes nothing until there is a file ``go`` beside ``path``."""
+    words = [sys.executable, "-c", CHILD, str(path), str(out), str(Path(__file__).parent), str(path.with_name("go"))]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_that_want_the_same_shards_make_them_once(tmp_path):
+    path, out = write(tmp_path / "a.parquet", documents(2000)), tmp_path / "out"
+    with start_child(path, out) as first:
+        assert first.stdout.readline() == "PreparationStarted\n"
+        with start_child(path, out) as second:
+            assert second.stdout.readline() == "PreparationWaiting\n"
+            (tmp_path / "go").touch()
+            lines = second.stdout.read().splitlines()
+        rest = first.stdout.read().splitlines()
+    assert lines == ["Prepared", rest[-1]]
+    assert rest[-1].startswith("tokens ")
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert run(path, out).verify() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_tokenising_says_so_and_leaves_nothing(tmp_path, number):
+    path, out = write(tmp_path / "a.parquet", documents(3000)), tmp_path / "new" / "out"
+    with start_child(path, out) as child:
+        while child.stdout.readline() != "encoding\n":
+            pass
+        child.send_signal(number)
+        (tmp_path / "go").touch()
+        last_words = child.stdout.read().splitlines()[-1]
+    assert child.returncode == 128 + number
+    assert last_words.startswith(f"stopped by {number.name} before the data was prepared")
+    assert not (tmp_path / "new").exists()
 
 
 # --- small texts -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from vramplan.trainer.events import (
 )
 from vramplan.trainer.interrupt import StopSignal
 from vramplan.trainer.loop import train
-from vramplan.trainer.metrics import read_metrics
+from vramplan.trainer.metrics import MetricsLog, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -203,7 +203,7 @@ def test_the_run_directory_holds_what_it_should(shards, tmp_path):
     cfg = config(keep_checkpoints=2)
     run(shards, tmp_path / "run", cfg)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.toml", "run.json", "metrics.jsonl", "checkpoints",
+        "config.toml", "run.json", "metrics.jsonl", "checkpoints", ".lock",
     }  # fmt: skip
     assert RunConfig.load(tmp_path / "run" / "config.toml") == cfg
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000008.pt", "step-000012.pt"}
@@ -239,6 +239,7 @@ def test_float16_survives_an_overflowing_first_scale(shards, tmp_path):
 CHILD = """
 import signal, sys, time
 import torch
+from vramplan.errors import Stopped
 from vramplan.runconfig import RunConfig
 from vramplan.trainer.loop import train
 from vramplan.trainer.shards import ShardSet
@@ -256,7 +257,11 @@ def show(event):
         time.sleep(60)
 
 config = RunConfig.load(sys.argv[1])
-result = train(config, ShardSet.open(sys.argv[2]), sys.argv[3], device=torch.device("cpu"), on_event=show)
+try:
+    result = train(config, ShardSet.open(sys.argv[2]), sys.argv[3], device=torch.device("cpu"), on_event=show)
+except Stopped as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
 print("result", result.interrupted, result.step, flush=True)
 sys.exit(128 + result.signal_number if result.interrupted else 0)
 """
@@ -277,7 +282,7 @@ def wait_for(child, words) -> list[str]:
     raise AssertionError(f"the child ended without {words!r}: {seen}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_curve(shards, tmp_path, number):
     cfg = config(max_steps=40, eval_interval=10, checkpoint_interval=15)
     with start_child(tmp_path, shards, cfg) as child:
@@ -312,16 +317,19 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(shards, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
-@pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, (-signal.SIGINT, 130)), (signal.SIGTERM, (143,))])
-def test_a_second_signal_ends_it_at_once(shards, tmp_path, number, codes):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once_and_says_what_is_saved(shards, tmp_path, number):
     with start_child(tmp_path, shards, config(max_steps=400), mode="stuck") as child:
-        wait_for(child, "StepLogged 3")
+        wait_for(child, "CheckpointSaved 4")
         child.send_signal(number)
         wait_for(child, "stuck")
         start = time.monotonic()
         child.send_signal(number)
-        assert child.wait(20) in codes
+        last_words = child.stdout.read().splitlines()[-1]
+        assert child.wait(20) == 128 + number
         assert time.monotonic() - start < 10
+    assert last_words.startswith(f"stopped at once by {number.name}. The last good checkpoint is ")
+    assert last_words.endswith(f"Resume with: vramplan train --resume {tmp_path / 'run'}")
 
 
 def stop_at(step, events):
@@ -473,14 +481,62 @@ def test_nothing_to_resume(shards, tmp_path, exists, rule):
 
 def test_resuming_with_another_configuration_names_every_field_and_both_values(shards, tmp_path):
     train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
-    other = config(learning_rate=0.02, step={"batch_size": 4, "grad_accum": 1})
+    other = config(learning_rate=0.02, step={"batch_size": 4, "grad_accum": 3})
     with pytest.raises(DataError) as caught:
         run(shards, tmp_path / "run", other, resume=True)
     message = str(caught.value)
     assert "train.learning_rate=0.02 is not the run's learning_rate=0.01" in message
     assert "step.batch_size=4 is not the run's batch_size=2" in message
-    assert "step.grad_accum=1 is not the run's grad_accum=2" in message
+    assert "step.grad_accum=3 is not the run's grad_accum=2" in message
     assert len(caught.value.problems) == 3
+
+
+def test_resuming_may_split_a_step_differently(shards, tmp_path):
+    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    other = config(step={"batch_size": 1, "grad_accum": 4, "checkpointing": "block"}, eval_batches=4)
+    _, events = run(shards, tmp_path / "run", other, resume=True)
+    note = "batch_size x grad_accum: 2 x 2 before, 1 x 4 now; losses may differ in the last digits"
+    assert note in of(events, RunStarted)[0].notes
+    run(shards, tmp_path / "straight")
+    for read in (losses, val_losses):
+        assert read(tmp_path / "run") == pytest.approx(read(tmp_path / "straight"), rel=1e-4)
+    assert RunConfig.load(tmp_path / "run" / "config.toml") == other, "the next resume needs no less memory"
+
+
+def test_evaluating_other_blocks_on_resume_is_noted(shards, tmp_path):
+    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    _, events = run(shards, tmp_path / "run", config(eval_batches=1), resume=True)
+    assert any(note.startswith("evaluation blocks: 4 before, 2 now") for note in of(events, RunStarted)[0].notes)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_in_progress_is_not_disturbed(shards, tmp_path, resume):
+    with start_child(tmp_path, shards, config(max_steps=400)) as child:
+        wait_for(child, "StepLogged 2")
+        before = (tmp_path / "run" / "config.toml").read_bytes()
+        with pytest.raises(DataError, match="another process is training this run" if resume else "already holds"):
+            run(shards, tmp_path / "run", config(max_steps=400), resume=resume)
+        wait_for(child, "StepLogged 8")
+        child.terminate()
+        child.stdout.read()
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    assert list(losses(tmp_path / "run")) == list(range(1, max(losses(tmp_path / "run")) + 1))
+
+
+def test_a_full_disk_says_what_is_saved(shards, tmp_path, monkeypatch):
+    def full(self, kind, values):
+        if values["step"] == 6:
+            raise OSError(28, "No space left on device")
+        append(self, kind, values)
+
+    append = MetricsLog.append
+    monkeypatch.setattr(MetricsLog, "append", full)
+    with pytest.raises(VramplanError, match=r"No space left on device.*step-000004\.pt\. Resume with: vramplan train"):
+        run(shards, tmp_path / "run")
+    monkeypatch.undo()
+    run(shards, tmp_path / "run", resume=True)
+    run(shards, tmp_path / "straight")
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
 def test_resuming_with_other_data_is_refused(shards, make_shards, learnable_tokens, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import rich_click as click
 from click.core import ParameterSource
 
-from ..errors import ConfigError, Problem
+from ..errors import ConfigError, Problem, command
 from ..files import write_text
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
@@ -105,12 +105,13 @@ def plan(
         from ..report.plans import print_plans
 
         asked = search["no_compile"] or search["compile_"] != "auto"
-        print_plans(plans, target.notes if asked else (*target.notes, target.compile_note), saved_as=output)
+        notes = target.notes if asked else (*target.notes, target.compile_note)
+        print_plans(plans, notes, saved_as=output, goes_on=start)
     if start and data is not None and out is not None:
         from .training import start_training
 
         config = config_of(plans.plans[0], plans, max_steps)
-        start_training(config, data, out, resume=False, replan=False, quiet=as_json)
+        start_training(config, data, out, resume=False, replan=False, to_stderr=as_json)
 
 
 def search_plans(target: Target, search: dict[str, Any]) -> PlanSet:
@@ -200,10 +201,8 @@ def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps:
         click.echo(text, nl=False)
     else:
         write_text(output, text, "--output")
-        follow = (
-            f"vramplan train {output} --data FILE.parquet --out RUN" if form == "toml" else f"python train.py {output}"
-        )
-        click.echo(f"Wrote {output}. Next: {follow}")
+        ours = ("vramplan", "train", output, "--data", "FILE.parquet", "--out", "RUN")
+        click.echo(f"Wrote {output}. Next: {command(*(ours if form == 'toml' else ('python', 'train.py', output)))}")
 
 
 def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:

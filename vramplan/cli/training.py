@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-import zlib
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 
 from ..device import host_memory, live_gpu
 from ..errors import ConfigError, DoesNotFitError, Problem
-from ..planner.gpu import Budget, Gpu, find_gpu
+from ..planner.gpu import Gpu, find_gpu
 from ..planner.memory import estimate
-from ..planner.plan import make_plan
-from ..planner.search import Grid
+from ..planner.plan import refit
+from ..planner.risk import needed_bytes
 from ..runconfig import RunConfig
 from ..units import gib
-
-if TYPE_CHECKING:
-    import torch
+from .options import DEFAULT_MAX_RISK
 
 
 @click.command()
@@ -72,63 +67,26 @@ def _stored(out: Path) -> RunConfig:
 
 def start_training(
     config: RunConfig, data: str | None, out: Path, *, resume: bool, replan: bool, shards: Path | None = None,
-    quiet: bool = False,
+    quiet: bool = False, to_stderr: bool = False,
 ) -> None:  # fmt: skip
-    """Check free memory, prepare the data, train; exits with 128 + the signal's number when interrupted."""
-    if config.step.workload != "vramplan":
-        rule = "is another script's memory, not this trainer's"
-        raise ConfigError(Problem("step.workload", config.step.workload, rule, 'use workload = "vramplan"'))
+    """Check everything that can be checked, prepare the data, train; raises Stopped when a signal ended the run."""
+    from ..trainer.start import check_start, open_shards, torch_device
+
+    check_start(config, out, resume=resume, data=data)
     card = live_card(config)
-    fitting = fit_to_free_memory(config, card, replan=replan and not resume)
+    fitting = fit_to_free_memory(config, card, replan=replan)
 
     from ..report.progress import TrainingView
-    from ..trainer.data import prepare
     from ..trainer.loop import train as run_training
-    from ..trainer.shards import ShardSet
-    from ..trainer.tokenizer import load_tokenizer
 
-    view = TrainingView(fitting, quiet=quiet)
-    with view:
-        if data is None:
-            found = ShardSet.open(_known_shards(out, resume))
-        else:
-            tokenizer = load_tokenizer()
-            directory = shards or _default_shards(data, out, fitting)
-            found = prepare(
-                data, directory, tokenizer, fitting.data, fitting.model.vocab_size,
-                block_size=fitting.model.block_size, on_event=view,
-            )  # fmt: skip
+    with TrainingView(fitting, quiet=quiet, to_stderr=to_stderr) as view:
+        found = open_shards(fitting, out, resume=resume, data=data, folder=shards, on_event=view)
         result = run_training(
-            fitting, found, out, device=_device(fitting), on_event=view, resume=resume,
+            fitting, found, out, device=torch_device(fitting.step.device, "step.device"), on_event=view, resume=resume,
             peak_flops=card.peak_flops(fitting.step.dtype) if card else None,
         )  # fmt: skip
     if result.interrupted and result.signal_number is not None:
-        sys.exit(128 + result.signal_number)
-
-
-def _default_shards(data: str, out: Path, config: RunConfig) -> Path:
-    """Beside the run, so that its neighbours share them: one folder for each source and way of cutting it."""
-    identity = f"{Path(data).absolute()} {config.data.model_dump_json()}"
-    name = Path(data).stem.replace("*", "all") or "all"
-    return out.parent / "shards" / f"{name}-{zlib.crc32(identity.encode()):08x}"
-
-
-def _known_shards(out: Path, resume: bool) -> Path:
-    from ..trainer.rundir import RunDirectory
-
-    sessions = RunDirectory(out).sessions() if resume else []
-    if not sessions:
-        raise ConfigError(Problem("--data", "missing", "is required", "name the Parquet files"))
-    return Path(str(sessions[-1]["data_manifest"])).parent
-
-
-def _device(config: RunConfig) -> torch.device:
-    import torch
-
-    if config.step.device == "cuda" and not torch.cuda.is_available():
-        remedy = "plan for this machine with --gpu cpu, or install a CUDA build of torch"
-        raise ConfigError(Problem("step.device", "cuda", "is not available to this torch", remedy))
-    return torch.device(config.step.device)
+        raise SystemExit(128 + result.signal_number)
 
 
 def live_card(config: RunConfig) -> Gpu | None:
@@ -143,37 +101,35 @@ def live_card(config: RunConfig) -> Gpu | None:
 
 
 def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool) -> RunConfig:
-    """Compare what the run needs with what is free now.
+    """Compare what the run needs for its risk limit with what is free now.
 
-    Returns the configuration, or with ``replan`` the best one that fits. Raises DoesNotFitError, saying who holds the
-    memory and which plan would fit.
+    Returns the configuration, or with ``replan`` the best way to run the same steps that fits. Raises DoesNotFitError,
+    saying who holds the memory and which plan would fit.
     """
+    from ..report.exports import refitted
+
     shape, step = config.shape, config.step_config
     free, holders = free_memory(config)
     if free is None:
         return config
-    need = estimate(shape, step, card).process_bytes
-    if need <= free:
+    max_risk = config.plan.max_risk or DEFAULT_MAX_RISK
+    need = int(needed_bytes(estimate(shape, step, card).process_bytes, step, max_risk))
+    words = f"The plan needs at least {gib(need)} free, but only {gib(free)} is free now{holders}."
+    try:
+        plans = refit(shape, step, card, free, max_risk)
+    except DoesNotFitError as error:
+        raise DoesNotFitError(f"{words}\n{error}") from None
+    if plans is None:
         return config
-    budget = Budget(total_bytes=free, reserve_bytes=0)
-    grid = Grid(
-        shapes=(shape,), tokens_per_step=config.tokens_per_step, dtypes=(step.dtype,),
-        compiles=(step.compile,), optimizers=(step.optimizer,), device=step.device,
-    )  # fmt: skip
-    found = make_plan(grid, card, budget, max_risk=config.plan.max_risk or 0.01, top=1).plans[0]
-    words = f"The plan needs {gib(need)}, but only {gib(free)} is free now{holders}."
+    best = plans.plans[0]
     better = (
-        f"batch_size={found.step.batch_size} x grad_accum={found.step.grad_accum}, {found.step.loss} loss, "
-        f"checkpointing={found.step.checkpointing} needs {gib(found.estimate.process_bytes)}"
+        f"batch_size={best.step.batch_size} x grad_accum={best.step.grad_accum}, {best.step.loss} loss, "
+        f"checkpointing={best.step.checkpointing} needs at least {gib(best.needs_bytes)}"
     )
     if not replan:
         raise DoesNotFitError(f"{words}\nThe best plan that fits: {better}. Take it with --replan, or free memory.")
-    click.echo(f"{words}\nReplanned: {better}; tokens per step stay {config.tokens_per_step:,}.")
-    plan = config.plan.model_copy(update={"process_bytes": found.estimate.process_bytes, "budget_bytes": free})
-    return RunConfig.build(
-        shape, replace(found.step), train=config.train.model_dump(exclude_none=True), data=config.data.model_dump(),
-        plan=plan.model_dump(exclude_none=True),
-    )  # fmt: skip
+    click.echo(f"{words}\nReplanned: {better}; tokens per step stay {config.tokens_per_step:,}.", err=True)
+    return refitted(config, plans)
 
 
 def free_memory(config: RunConfig) -> tuple[int | None, str]:
@@ -194,16 +150,18 @@ def free_memory(config: RunConfig) -> tuple[int | None, str]:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")
 @click.option("--top-k", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--seed", type=int, default=1337, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def sample(run: Path, device: str, **options: Any) -> None:
     """Write text with the newest checkpoint of a run."""
     import torch
 
     from ..trainer.sample import stream
+    from ..trainer.start import torch_device
 
-    chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    kind: Any = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    pieces = stream(run, device=torch_device(kind, "--device"), **options)
     click.echo(options["prompt"], nl=False)
-    for piece in stream(run, device=torch.device(chosen), **options):
+    for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()

@@ -151,6 +151,20 @@ def make_plan(
     )
 
 
+def refit(shape: Shape, step: StepConfig, gpu: Gpu | None, free_bytes: int, max_risk: float) -> PlanSet | None:
+    """None when ``step`` fits ``free_bytes`` within the risk limit; else how to run the same step so that it does.
+
+    Shape, tokens per step, dtype, compile and optimizer stay: the training itself is the same. Raises DoesNotFitError.
+    """
+    if needed_bytes(estimate(shape, step, gpu).process_bytes, step, max_risk) <= free_bytes:
+        return None
+    grid = Grid(
+        shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
+        compiles=(step.compile,), optimizers=(step.optimizer,), device=step.device,
+    )  # fmt: skip
+    return make_plan(grid, gpu, Budget(total_bytes=free_bytes, reserve_bytes=0), max_risk=max_risk, top=1)
+
+
 FAR_FROM_TARGET = 0.10
 """A model this far (fraction) from the size asked for is worth a warning."""
 

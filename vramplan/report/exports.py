@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import __version__
-from ..planner.plan import nanogpt_plan, restore
+from ..planner.plan import PlanSet, nanogpt_plan, restore
 from ..planner.shape import PADDED_GPT2_VOCAB, Shape
 from ..planner.step import StepConfig, tokens_per_step
 from ..runconfig import RunConfig, suggested_training
@@ -14,12 +14,29 @@ from ..units import count, gib
 
 def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) -> RunConfig:
     """The run configuration of one plan of a plan file (as :func:`planner.plan.read_plans` returns it)."""
-    entry = data["plans"][rank - 1]
-    shape, step = restore(entry)
+    shape, step = restore(data["plans"][rank - 1])
     train = suggested_training(
         int(shape.parameters), int(tokens_per_step(shape, step)), data["token_budget"], max_steps
     )
-    plan = {
+    return RunConfig.build(shape, step, train=train, plan=_plan_section(data, rank))
+
+
+def refitted(config: RunConfig, plans: PlanSet) -> RunConfig:
+    """``config`` with its steps run as the best of ``plans`` says; evaluation covers no less text than before."""
+    best, train = plans.plans[0], config.train.model_dump(exclude_none=True)
+    blocks = config.train.eval_batches * config.step.batch_size
+    train["eval_batches"] = -(-blocks // int(best.step.batch_size))
+    section = _plan_section(plans.as_dict(), 1) | {"target_parameters": config.plan.target_parameters}
+    return RunConfig.build(
+        best.shape, best.step, train=train, data=config.data.model_dump(),
+        plan={k: v for k, v in section.items() if v is not None},
+    )  # fmt: skip
+
+
+def _plan_section(data: dict[str, Any], rank: int) -> dict[str, Any]:
+    """``[plan]``: what was expected of a plan, and of which card; without what is not known."""
+    entry = data["plans"][rank - 1]
+    section = {
         "gpu": data["gpu"],
         "budget_bytes": data["budget_bytes"],
         "process_bytes": entry["estimate"]["process_bytes"],
@@ -30,7 +47,7 @@ def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) ->
         "target_parameters": data["target_parameters"],
         "version": __version__,
     }
-    return RunConfig.build(shape, step, train=train, plan={k: v for k, v in plan.items() if v is not None})
+    return {name: value for name, value in section.items() if value is not None}
 
 
 def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from ..errors import command
 from ..planner.gpu import Budget
 from ..planner.memory import Estimate
 from ..planner.plan import Plan, PlanSet
@@ -57,8 +59,11 @@ def sentence(plan: Plan) -> str:
     )
 
 
-def print_plans(plans: PlanSet, notes: Iterable[str], saved_as: Path | None = None, out: Console | None = None) -> None:
-    """The recommended plan, its memory, what to expect, and what lost against it."""
+def print_plans(
+    plans: PlanSet, notes: Iterable[str], saved_as: Path | None = None, out: Console | None = None, *,
+    goes_on: bool = False,
+) -> None:  # fmt: skip
+    """The recommended plan, its memory, what to expect, what lost against it, and unless it ``goes_on`` what to do."""
     out = out or console()
     best = plans.plans[0]
     where = plans.gpu.name if plans.gpu else "this machine's memory"
@@ -69,7 +74,7 @@ def print_plans(plans: PlanSet, notes: Iterable[str], saved_as: Path | None = No
     )
     out.print(f"[bold]Plan for {where}[/]: {gib(plans.budget.budget_bytes)} to use{kept}")
     for note in notes:
-        out.print(f"  [dim]{note}[/]")
+        out.print(f"  [dim]{escape(note)}[/]")
     for note in plans.notes:
         out.print(f"  [yellow]warning[/]: {note}")
     out.print(f"\n[bold green]Recommended[/] {sentence(best)}")
@@ -84,11 +89,11 @@ def print_plans(plans: PlanSet, notes: Iterable[str], saved_as: Path | None = No
         out.print("\n[bold]Other shapes[/] near the target, each with its best settings")
         for plan in plans.alternatives:
             out.print(f"  - {plan.reason}")
-    plan_file = saved_as or "plan.json"
+    if goes_on:
+        return
+    apply = command("vramplan", "apply", saved_as or "plan.json", "-o", "run.toml")
     save = "" if saved_as else "add -o plan.json, then "
-    out.print(
-        f"\nNext: {save}vramplan apply {plan_file} -o run.toml && vramplan train run.toml --data FILE.parquet --out RUN"
-    )
+    out.print(f"\nNext: {save}{apply} && vramplan train run.toml --data FILE.parquet --out RUN", markup=False)
 
 
 def _print_expectations(out: Console, plan: Plan, plans: PlanSet) -> None:
@@ -138,7 +143,7 @@ def print_estimate(
     shape = estimate.shape
     out.print(f"[bold]{shape.label}[/], {shape.parameters:,} parameters, workload {estimate.step.workload}")
     for note in notes:
-        out.print(f"  [dim]{note}[/]")
+        out.print(f"  [dim]{escape(note)}[/]")
     allocated, reserved = gib(estimate.peak_allocated_bytes), gib(estimate.peak_reserved_bytes)
     out.print(f"  peak       {allocated} allocated, {reserved} reserved, {gib(estimate.process_bytes)} for the process")
     out.print(f"  phase      {estimate.peak_phase}\n")

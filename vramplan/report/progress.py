@@ -5,22 +5,26 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from ..errors import command
 from ..planner.plan import FAR_FROM_TARGET
 from ..runconfig import RunConfig
 from ..trainer import events
 from ..units import count, duration, gib
-from .console import console
+from .console import PatientConsole
 
 
 class TrainingView:
-    """Callable for ``on_event``. On a terminal a bar runs below the lines; elsewhere only lines are printed."""
+    """Callable for ``on_event``. On a terminal a bar runs below the lines; elsewhere only lines are printed.
 
-    def __init__(self, config: RunConfig, *, quiet: bool = False, out: Console | None = None) -> None:
+    When the terminal or the reader of the output goes away, it falls silent and the run goes on.
+    """
+
+    def __init__(self, config: RunConfig, *, quiet: bool = False, to_stderr: bool = False) -> None:
         self.config, self.quiet = config, quiet
-        self.out = out or console()
+        self.out = PatientConsole(stderr=to_stderr)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -36,11 +40,17 @@ class TrainingView:
         """Render one event."""
         handler = getattr(self, f"_on_{type(event).__name__}", None)
         if handler is not None:
-            handler(event)
+            try:
+                handler(event)
+            except OSError:  # a terminal that was closed
+                self.out.fall_silent()
 
     def _say(self, text: str, *, always: bool = False) -> None:
         if always or not self.quiet:
-            (self._bar.console if self._bar else self.out).print(text)
+            (self._bar.console if self._bar else self.out).print(text, markup=False)
+
+    def _warn(self, text: str, indent: str = "") -> None:
+        (self._bar.console if self._bar else self.out).print(Text.assemble(indent, ("warning", "yellow"), f": {text}"))
 
     def _open(self, total: float, text: str) -> None:
         self._close()
@@ -67,6 +77,9 @@ class TrainingView:
         self._say(f"  tokenizer: {e.tokenizer_source}")
         self._open(e.rows, "tokens")
 
+    def _on_PreparationWaiting(self, e: events.PreparationWaiting) -> None:  # noqa: N802
+        self._say(f"Waiting: another process is writing {e.directory}", always=True)
+
     def _on_PreparationProgress(self, e: events.PreparationProgress) -> None:  # noqa: N802
         self._advance(e.rows, f"{count(e.tokens)} tokens")
 
@@ -84,7 +97,7 @@ class TrainingView:
         self._say(f"  parameters   {e.parameters:,} ({e.parameters / 1e6:.1f}M)")
         target = self.config.plan.target_parameters
         if target and abs(e.parameters / target - 1) > FAR_FROM_TARGET:
-            self._say(f"  [yellow]warning[/]: that is far from the {count(target)} asked for", always=True)
+            self._warn(f"that is far from the {count(target)} asked for", indent="  ")
         product = f"batch_size {e.batch_size} x grad_accum {e.grad_accum} x block_size {e.block_size}"
         self._say(f"  per step     {product} = {e.tokens_per_step:,} tokens")
         self._say(f"  length       {e.total_steps:,} steps = {e.token_budget:,} tokens "
@@ -92,7 +105,7 @@ class TrainingView:
         self._say(f"  data         {e.unique_tokens:,} unique tokens: {e.epochs:.2f} epochs")
         if e.epochs > 1:
             text = f"the data is shorter than the token budget: every token is read {e.epochs:.1f} times"
-            self._say(f"  [yellow]warning[/]: {text}", always=True)
+            self._warn(text, indent="  ")
         peak = f"{e.peak_flops / 1e12:.1f} TFLOPS" if e.peak_flops else "unknown: MFU is n/a"
         self._say(f"  peak         {peak}")
         self._say(f"  first loss   about {e.first_loss_expected:.2f} is expected (ln of the vocabulary)")
@@ -102,7 +115,7 @@ class TrainingView:
         self._advance(e.start_step, "")
 
     def _on_CheckpointSkipped(self, e: events.CheckpointSkipped) -> None:  # noqa: N802
-        self._say(f"[yellow]warning[/]: skipped {e.path}: {e.reason}", always=True)
+        self._warn(f"skipped {e.path}: {e.reason}")
 
     def _on_Resumed(self, e: events.Resumed) -> None:  # noqa: N802
         source = e.checkpoint or "the start (no checkpoint yet)"
@@ -137,7 +150,7 @@ class TrainingView:
         self._say(
             f"Stopped by {e.signal_name} after step {e.step:,} of {e.total_steps:,}; saved {e.checkpoint}.", always=True
         )
-        self._say(f"Resume with: {' '.join(e.resume_command)}", always=True)
+        self._say(f"Resume with: {command(*e.resume_command)}", always=True)
 
     def _on_AlreadyFinished(self, e: events.AlreadyFinished) -> None:  # noqa: N802
         self._say(
@@ -153,4 +166,5 @@ class TrainingView:
             f"Finished {e.step:,} steps, {e.tokens:,} tokens, in {duration(e.seconds)}: {', '.join(losses)}.",
             always=True,
         )
-        self._say(f"Next: vramplan sample {e.run_dir}   or   vramplan report {e.run_dir}", always=True)
+        sample, report = (command("vramplan", word, e.run_dir) for word in ("sample", "report"))
+        self._say(f"Next: {sample}   or   {report}", always=True)

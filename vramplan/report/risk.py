@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..planner.gpu import Gpu
@@ -97,7 +98,7 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     """The report in the terminal."""
     out = out or console()
     full, fits = report.estimate, report.risk.probability <= report.max_risk
-    out.print(f"[bold]OOM-risk report[/] {report.title}")
+    out.print(f"[bold]OOM-risk report[/] {escape(report.title)}")
     verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
     out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, OOM risk "
               f"{percent(report.risk.probability)} (limit {percent(report.max_risk)}).")  # fmt: skip

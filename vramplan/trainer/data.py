@@ -7,18 +7,23 @@ copies of a document never land on both sides of the split.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, Problem
+from ..errors import ConfigError, DataError, Problem, Stopped
 from ..runconfig import DataSection
-from .events import OnEvent, PreparationProgress, PreparationStarted, Prepared, ignore
+from .events import OnEvent, PreparationProgress, PreparationStarted, PreparationWaiting, Prepared, ignore
+from .interrupt import StopAtOnce, StopSignal
+from .lock import LOCK, locked
 from .parquet import Source, find_sources, read_texts
 from .shards import MANIFEST, SPLITS, Manifest, ShardSet, ShardWriter, token_dtype, too_few_tokens
 from .stream import TokenStream
@@ -57,40 +62,95 @@ def prepare(
 
     Shards are reused when their manifest names the same files (name, size, time of change, rows) and settings, and
     their hashes still hold. ``block_size`` matters only for a text so short that the validation split must be chosen to
-    fill one block. Memory stays bounded by a batch of documents.
+    fill one block. Memory stays bounded by a batch of documents. When another process is writing into ``out_dir``, this
+    one waits and takes what that one made, if it is what was wanted.
 
     Raises DataError for files that cannot be used (all problems at once), for a text too short for ``block_size``, and
-    for an ``out_dir`` that cannot be written.
+    for an ``out_dir`` that cannot be written; Stopped on SIGINT, SIGTERM and SIGHUP, after which nothing is left.
     """
-    problems = _vocabulary_problems(tokenizer, vocab_size)
-    sources: list[Source] = []
-    try:
-        sources = find_sources(paths, data.text_column)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise DataError(problems)
-    out_dir = Path(out_dir)
+    sources = check_data(paths, data.text_column, tokenizer.n_vocab, vocab_size)
+    out_dir, source = Path(out_dir), os.path.abspath(os.path.expanduser(paths))
     settings = _settings(sources, tokenizer, data)
     shards, reason = _reusable(out_dir, settings, block_size)
     reused = shards is not None
     if shards is None:
-        on_event(_started(sources, out_dir, tokenizer, reason))
-        try:
-            shards = _build(sources, out_dir, tokenizer, data, settings, block_size, on_event)
-        except OSError as error:
-            rule = f"cannot be written ({error.strerror or error})"
-            raise DataError(Problem("shards", str(out_dir), rule, "free some space, or name another folder")) from None
+        with StopSignal() as stop, _writable(out_dir):
+            try:
+                with locked(out_dir, _patience(out_dir, on_event, stop)):
+                    shards, reason = _reusable(out_dir, settings, block_size)
+                    reused = shards is not None
+                    if shards is None:
+                        on_event(_started(sources, out_dir, tokenizer, reason))
+                        builder = _Builder(sources, out_dir, tokenizer, data, on_event, stop)
+                        shards = builder.build(settings, source, block_size)
+            except StopAtOnce as error:
+                raise _stopped(error.number, str(error)) from None
     on_event(_prepared(shards, reused, block_size))
     return shards
 
 
-def _vocabulary_problems(tokenizer: TextEncoder, vocab_size: int) -> list[Problem]:
-    if vocab_size >= tokenizer.n_vocab:
-        return []
-    padded = -(-tokenizer.n_vocab // 64) * 64
-    rule = f"is smaller than the tokenizer's {tokenizer.n_vocab}"
-    return [Problem("vocab_size", vocab_size, rule, f"use {padded}")]
+def default_folder(paths: str, run_dir: Path, data: DataSection) -> Path:
+    """Beside the run, so that its neighbours share them: one folder for each source and way of cutting it."""
+    identity = f"{os.path.abspath(os.path.expanduser(paths))} {data.model_dump_json()}"
+    name = Path(paths).stem.replace("*", "all") or "all"
+    return run_dir.parent / "shards" / f"{name}-{zlib.crc32(identity.encode()):08x}"
+
+
+def check_data(paths: str, column: str, n_vocab: int, vocab_size: int) -> list[Source]:
+    """The Parquet files that ``paths`` means, once they and the vocabulary are known to be usable; nothing is written.
+
+    Raises DataError with every problem found.
+    """
+    problems = []
+    if vocab_size < n_vocab:
+        rule = f"is smaller than the tokenizer's {n_vocab}"
+        problems.append(Problem("vocab_size", vocab_size, rule, f"use {-(-n_vocab // 64) * 64}"))
+    sources: list[Source] = []
+    try:
+        sources = find_sources(paths, column)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return sources
+
+
+@contextlib.contextmanager
+def _writable(out_dir: Path) -> Iterator[None]:
+    """Create the folder; on failure remove it again, if it was not there before, and name it in the error."""
+    made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if made:
+                (out_dir / LOCK).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        rule = f"cannot be written ({error.strerror or error})"
+        raise DataError(Problem("shards", str(out_dir), rule, "free some space, or name another folder")) from None
+
+
+def _patience(out_dir: Path, on_event: OnEvent, stop: StopSignal) -> Callable[[], None]:
+    """What to do while another process writes the shards: say so once, and go on waiting until a signal comes."""
+    told: list[bool] = []
+
+    def wait() -> None:
+        if not told:
+            on_event(PreparationWaiting(directory=out_dir))
+            told.append(True)
+        if stop.number is not None:
+            raise _stopped(stop.number, stop.name)
+
+    return wait
+
+
+def _stopped(number: int, name: str) -> Stopped:
+    message = f"stopped by {name} before the data was prepared. Nothing is kept of it: run the same command again."
+    return Stopped(message, number)
 
 
 def _settings(sources: list[Source], tokenizer: TextEncoder, data: DataSection) -> dict[str, Any]:
@@ -143,76 +203,77 @@ class _Pass:
         return sum(self.tokens.values())
 
 
-def _build(
-    sources: list[Source],
-    out_dir: Path,
-    tokenizer: TextEncoder,
-    data: DataSection,
-    settings: dict[str, Any],
-    block_size: int,
-    on_event: OnEvent,
-) -> ShardSet:
-    """Write the shards beside the final place and move them there; the manifest comes last."""
-    building = out_dir / _BUILDING
-    below = int(data.validation_fraction * 2**64)
-    try:
-        result = _write_pass(sources, building, tokenizer, data, range(below), on_event)
-        _check_amount(sources, result, block_size)
-        adjusted = None
-        if min(result.tokens.values()) <= block_size:
-            adjusted = block_size
-            wanted = int(data.validation_fraction * result.total)
-            chosen = choose_held_out(result.candidates, block_size + 1, wanted, result.total)
-            if chosen or result.tokens["val"]:
-                result = _write_pass(sources, building, tokenizer, data, chosen, on_event)
-        manifest = Manifest(
-            settings=settings,
-            n_vocab=tokenizer.n_vocab,
-            documents=result.documents,
-            shards=result.shards,
-            adjusted_for_block=adjusted,
-        )
-        _install(building, out_dir, manifest)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return ShardSet.open(out_dir)
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Tokenises into a folder beside the final place and moves the shards there; whoever calls it holds the lock."""
 
+    sources: list[Source]
+    out_dir: Path
+    tokenizer: TextEncoder
+    data: DataSection
+    on_event: OnEvent
+    stop: StopSignal
 
-def _write_pass(
-    sources: list[Source],
-    building: Path,
-    tokenizer: TextEncoder,
-    data: DataSection,
-    held_out: range | frozenset[int],
-    on_event: OnEvent,
-) -> _Pass:
-    """Tokenise everything into ``building``; documents whose hash is in ``held_out`` go to the val split."""
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    result, rows, rows_total = _Pass(), 0, sum(s.rows for s in sources)
-    dtype = token_dtype(tokenizer.n_vocab)
-    with (
-        ShardWriter(building, "train", dtype, data.shard_tokens) as train,
-        ShardWriter(building, "val", dtype, data.shard_tokens) as val,
-    ):
-        for source in sources:
-            for batch in read_texts(source, data.text_column):
-                texts = [text for text in batch if text]
-                result.documents["null"] += batch.count(None)
-                result.documents["empty"] += batch.count("")
-                for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                    key = document_hash(text)
-                    split = val if key in held_out else train
-                    split.add(np.array([tokenizer.eot, *ids], dtype=dtype))
-                    result.documents[split.split] += 1
-                    if len(result.candidates) < _CANDIDATES:
-                        result.candidates[key] = result.candidates.get(key, 0) + len(ids) + 1
-                rows += len(batch)
-                done = train.tokens + val.tokens
-                on_event(PreparationProgress(rows=rows, rows_total=rows_total, tokens=done))
-    result.shards = (*train.shards, *val.shards)
-    result.tokens = {"train": train.tokens, "val": val.tokens}
-    return result
+    @property
+    def building(self) -> Path:
+        return self.out_dir / _BUILDING
+
+    def build(self, settings: dict[str, Any], source: str, block_size: int) -> ShardSet:
+        """Write the shards and install them; the manifest comes last."""
+        fraction = self.data.validation_fraction
+        try:
+            result = self._write_pass(range(int(fraction * 2**64)))
+            _check_amount(self.sources, result, block_size)
+            adjusted = None
+            if min(result.tokens.values()) <= block_size:
+                adjusted = block_size
+                wanted = int(fraction * result.total)
+                chosen = choose_held_out(result.candidates, block_size + 1, wanted, result.total)
+                if chosen or result.tokens["val"]:
+                    result = self._write_pass(chosen)
+            manifest = Manifest(
+                settings=settings,
+                n_vocab=self.tokenizer.n_vocab,
+                documents=result.documents,
+                shards=result.shards,
+                adjusted_for_block=adjusted,
+                source=source,
+            )
+            _install(self.building, self.out_dir, manifest)
+        finally:
+            shutil.rmtree(self.building, ignore_errors=True)
+        return ShardSet.open(self.out_dir)
+
+    def _write_pass(self, held_out: range | frozenset[int]) -> _Pass:
+        """Tokenise everything; documents whose hash is in ``held_out`` go to the val split."""
+        shutil.rmtree(self.building, ignore_errors=True)
+        self.building.mkdir()
+        result, rows, rows_total = _Pass(), 0, sum(s.rows for s in self.sources)
+        dtype, length = token_dtype(self.tokenizer.n_vocab), self.data.shard_tokens
+        with (
+            ShardWriter(self.building, "train", dtype, length) as train,
+            ShardWriter(self.building, "val", dtype, length) as val,
+        ):
+            for source in self.sources:
+                for batch in read_texts(source, self.data.text_column):
+                    if self.stop.number is not None:
+                        raise _stopped(self.stop.number, self.stop.name)
+                    texts = [text for text in batch if text]
+                    result.documents["null"] += batch.count(None)
+                    result.documents["empty"] += batch.count("")
+                    for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
+                        key = document_hash(text)
+                        split = val if key in held_out else train
+                        split.add(np.array([self.tokenizer.eot, *ids], dtype=dtype))
+                        result.documents[split.split] += 1
+                        if len(result.candidates) < _CANDIDATES:
+                            result.candidates[key] = result.candidates.get(key, 0) + len(ids) + 1
+                    rows += len(batch)
+                    done = train.tokens + val.tokens
+                    self.on_event(PreparationProgress(rows=rows, rows_total=rows_total, tokens=done))
+        result.shards = (*train.shards, *val.shards)
+        result.tokens = {"train": train.tokens, "val": val.tokens}
+        return result
 
 
 def document_hash(text: str) -> int:

@@ -33,6 +33,13 @@ class PreparationStarted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreparationWaiting(Event):
+    """Another process is writing shards into ``directory``; they may turn out to be the ones that are wanted."""
+
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparationProgress(Event):
     """Rows read and tokens written so far, of ``rows_total`` rows."""
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request instead of an exception: a run stops at the next safe point, not in the middle."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request instead of an exception: a run stops at the next safe point."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Windows has no SIGHUP, which elsewhere says that the terminal was closed."""
+
+
+class StopAtOnce(BaseException):
+    """A second signal. No ``except Exception`` on its way may hold it up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 class StopSignal:
-    """While active, the first SIGINT or SIGTERM sets ``number``; a second one ends the program at once.
+    """While active, the first signal sets ``number``; a second one raises StopAtOnce wherever the program is.
 
     The handlers that were there before come back on leaving. A signal that was ignored stays ignored (``nohup``).
     Outside the main thread, where Python allows no handlers, it does nothing.
@@ -28,16 +37,13 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        """``SIGINT``, ``SIGTERM``, or an empty string."""
+        """``SIGINT``, ``SIGTERM``, ``SIGHUP``, or an empty string."""
         return signal.Signals(self.number).name if self.number is not None else ""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number is None:
-            self.number = number
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
+        if self.number is not None:
+            raise StopAtOnce(number)
+        self.number = number
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -6,6 +6,7 @@ that dies in an evaluation has therefore already been saved. Nothing is printed:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Problem, VramplanError
+from ..errors import ConfigError, Problem, Stopped, VramplanError, command
 from ..runconfig import RunConfig
 from .checkpoint import Checkpoint, CheckpointFolder, plain_state_dict, rng_state, set_rng_state
 from .events import (
@@ -30,7 +31,7 @@ from .events import (
     StopRequested,
     ignore,
 )
-from .interrupt import StopSignal
+from .interrupt import StopAtOnce, StopSignal
 from .model import GPT
 from .optimizer import build_optimizer
 from .recorder import Recorder, last_evaluation
@@ -69,27 +70,24 @@ def train(
     resume: bool = False,
     peak_flops: float | None = None,
 ) -> TrainResult:
-    """Train until ``config.total_steps``, or until SIGINT or SIGTERM; then the step is finished and saved first.
+    """Train until ``config.total_steps``, or until SIGINT, SIGTERM or SIGHUP: then the step is finished and saved.
 
     ``peak_flops`` is the device's dense FLOP/s at this dtype, for MFU. With ``resume`` the newest good checkpoint is
     continued: same data order and learning rates, and on a CPU, eager, with the same number of threads the same bits.
+    The steps may then be split differently into micro-batches (see :data:`~vramplan.trainer.rundir.SPLIT`).
     Compiled on several CPU threads even two uninterrupted runs differ in their last digits: 20 gave 4 different curves
     (torch 2.13, 2 threads), but one curve under ``torch.use_deterministic_algorithms(True)`` or on a single thread.
 
     Raises DataError for a run directory that cannot be used, other data or another configuration on resume; ConfigError
-    for a vocabulary smaller than the data's; VramplanError when the loss is no longer finite or a checkpoint cannot be
-    written. CUDA out-of-memory errors pass through.
+    for a vocabulary smaller than the data's; VramplanError when the loss is no longer finite or a file cannot be
+    written; Stopped on a second signal. CUDA out-of-memory errors pass through.
     """
     needed, given = shards.manifest.n_vocab, config.model.vocab_size
     if given < needed:
         raise ConfigError(Problem("model.vocab_size", given, "is smaller than the data's", f"use at least {needed}"))
     run = RunDirectory(run_dir)
-    with StopSignal() as stop:
-        if resume:
-            run.check_same(config)
-        else:
-            run.create(config)
-        folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
+    folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
+    with _explained(run, folder), StopSignal() as stop, run.claimed(config, resume=resume):
         found = folder.newest(lambda path, reason: on_event(CheckpointSkipped(path=path, reason=reason)))
         finished = _finished(config, run, found[1]) if found else None
         if finished:
@@ -100,6 +98,27 @@ def train(
             trainer.restore(found)
         del found  # three times the weights: not to be kept through the run
         return trainer.run()
+
+
+@contextlib.contextmanager
+def _explained(run: RunDirectory, folder: CheckpointFolder) -> Iterator[None]:
+    """A second signal, or a file that cannot be written, ends the run with what is saved and how to go on."""
+    try:
+        yield
+    except StopAtOnce as stop:
+        raise Stopped(f"stopped at once by {stop}. {_saved(folder)} {_go_on(run)}", stop.number) from None
+    except OSError as error:
+        reason = f"{error.filename or run.path} cannot be used ({error.strerror or error})"
+        raise VramplanError(f"{reason}. {_saved(folder)} {_go_on(run)}") from None
+
+
+def _saved(folder: CheckpointFolder) -> str:
+    last = next(iter(folder.paths()), None)
+    return f"The last good checkpoint is {last}." if last else "No checkpoint was saved before."
+
+
+def _go_on(run: RunDirectory) -> str:
+    return f"Resume with: {command('vramplan', 'train', '--resume', run.path)}"
 
 
 def _finished(config: RunConfig, run: RunDirectory, checkpoint: Checkpoint) -> TrainResult | None:
@@ -172,7 +191,7 @@ class _Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end, or to a signal."""
-        session = describe_session(self.device, self.shards, self.step)
+        session = describe_session(self.config, self.device, self.shards, self.step, self.evaluation.blocks)
         notes = [*self._notes(), *session_notes(self.dir.sessions(), session)]
         self.dir.add_session(session)
         self.emit(self._run_started(notes))
@@ -272,9 +291,8 @@ class _Trainer:
 
     def _fail(self, reason: str) -> None:
         self.recorder.stopped(self.step, reason)
-        last = next(iter(self.folder.paths()), None)
-        good = f"The last good checkpoint is {last}." if last else "No checkpoint was saved before."
-        raise VramplanError(f"{reason}. {good} Start a new run with a lower learning_rate or a longer warm-up.")
+        remedy = "Start a new run with a lower learning_rate or a longer warm-up."
+        raise VramplanError(f"{reason}. {_saved(self.folder)} {remedy}")
 
     def _interrupted(self) -> TrainResult:
         self._announce_stop()

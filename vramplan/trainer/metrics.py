@@ -56,7 +56,9 @@ def read_metrics(path: Path) -> list[Line]:
         except ValueError:
             if number == len(lines):
                 break
-            raise DataError(Problem("metrics", str(path), f"is damaged in line {number}", "remove that line")) from None
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+            raise DataError(Problem("metrics", str(path), f"is damaged in line {number}", "remove that line"))
         found.append(line)
     return found
 

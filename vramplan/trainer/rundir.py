@@ -4,16 +4,19 @@ RUN/config.toml             the resolved configuration
 RUN/run.json                versions, device and data of each session that worked on the run
 RUN/metrics.jsonl           one line per logged step and evaluation
 RUN/checkpoints/*.pt        the newest checkpoints
+RUN/.lock                   held by the process that is training
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,10 +24,19 @@ from .. import __version__
 from ..errors import ConfigError, DataError, Problem
 from ..runconfig import RunConfig
 from .checkpoint import CheckpointFolder
+from .lock import in_use, locked
 from .shards import MANIFEST, ShardSet
 
 SECTIONS = ("model", "step", "train", "data")
 """The sections that make a run what it is. ``[plan]`` only says what was expected of it."""
+
+SPLIT = frozenset(
+    {
+        "step.batch_size", "step.grad_accum", "step.loss", "step.loss_chunk_tokens", "step.checkpointing",
+        "train.eval_batches",
+    }
+)  # fmt: skip
+"""How the same tokens per step are computed. A resumed run may change these: its memory, not what it computes."""
 
 
 class RunDirectory:
@@ -37,25 +49,49 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
-    def create(self, config: RunConfig) -> None:
-        """Claim the directory for a new run. A ``config.toml`` with the same content may already lie there.
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """Raise DataError if :meth:`claimed` would; creates and changes nothing."""
+        self._check_same(config) if resume else self._check_free(config)
+        if in_use(self.path):
+            self._busy()
 
-        Raises DataError when it holds another run, or cannot be a directory.
+    @contextlib.contextmanager
+    def claimed(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
+        """Hold the directory for a new run, or for the run it holds, while the block lasts.
+
+        A ``config.toml`` with the same content may already lie in the directory of a new run. Raises DataError when it
+        holds another run, none to resume or one of another configuration (naming each difference), when another process
+        works on it, or when it cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise DataError(Problem("run_dir", str(self.path), "is a file", "name a directory"))
-        if self._used() or (self.config.exists() and self.config.read_text(encoding="utf-8") != config.to_toml()):
-            remedy = "continue it with --resume, or name another directory"
-            raise DataError(Problem("run_dir", str(self.path), "already holds a run", remedy))
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            config.save(self.config)
-        except OSError as error:
-            rule = f"cannot be written ({error.strerror or error})"
-            raise DataError(Problem("run_dir", str(self.path), rule, "name another directory")) from None
+        self.check(config, resume=resume)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.path, self._busy))
+                self._check_same(config) if resume else self._check_free(config)  # another may have been quicker
+                self.checkpoints.mkdir(exist_ok=True)
+                config.save(self.config)
+            except OSError as error:
+                rule = f"cannot be written ({error.strerror or error})"
+                raise DataError(Problem("run_dir", str(self.path), rule, "name another directory")) from None
+            yield
 
-    def check_same(self, config: RunConfig) -> None:
-        """Raise DataError unless the directory holds a run of exactly this configuration, naming each difference."""
+    def _busy(self) -> NoReturn:
+        rule = "is in use: another process is training this run"
+        raise DataError(Problem("run_dir", str(self.path), rule, "wait for it, or stop it"))
+
+    def _check_free(self, config: RunConfig) -> None:
+        remedy = "name another directory"
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            rule = "is a file" if nearest == self.path.absolute() else f"lies in {nearest}, which is a file"
+            raise DataError(Problem("run_dir", str(self.path), rule, "name a directory"))
+        if self._used() or (self.config.exists() and self.config.read_text(encoding="utf-8") != config.to_toml()):
+            rule = "already holds a run"
+            raise DataError(Problem("run_dir", str(self.path), rule, f"continue it with --resume, or {remedy}"))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise DataError(Problem("run_dir", str(self.path), f"cannot be written in {nearest}", remedy))
+
+    def _check_same(self, config: RunConfig) -> None:
         if not self.config.exists():
             rule = "holds no run to resume" if self.path.is_dir() else "does not exist"
             raise DataError(Problem("run_dir", str(self.path), rule, "start the run without --resume"))
@@ -73,10 +109,10 @@ class RunDirectory:
     def sessions(self) -> list[dict[str, Any]]:
         """What ``run.json`` says of the sessions so far; empty before the first, or when it is damaged."""
         try:
-            found: list[dict[str, Any]] = json.loads(self.facts.read_text(encoding="utf-8"))["sessions"]
-        except (OSError, ValueError, KeyError):
+            found = json.loads(self.facts.read_text(encoding="utf-8"))["sessions"]
+        except (OSError, ValueError, KeyError, TypeError):
             return []
-        return found
+        return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else []
 
     def add_session(self, session: dict[str, Any]) -> None:
         """Append a session to ``run.json``, atomically."""
@@ -92,8 +128,10 @@ class RunDirectory:
         return self.facts.exists() or self.metrics.exists() or bool(CheckpointFolder(self.checkpoints).paths())
 
 
-def describe_session(device: torch.device, shards: ShardSet, start_step: int) -> dict[str, Any]:
-    """Versions, device and data of the session that begins now."""
+def describe_session(
+    config: RunConfig, device: torch.device, shards: ShardSet, start_step: int, evaluation_blocks: int
+) -> dict[str, Any]:
+    """Versions, device and data of the session that begins now, and how it splits a step."""
     return {
         "started": time.time(),
         "start_step": start_step,
@@ -103,6 +141,9 @@ def describe_session(device: torch.device, shards: ShardSet, start_step: int) ->
         "platform": platform.platform(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "batch": f"{config.step.batch_size} x {config.step.grad_accum}",
+        "evaluation_blocks": evaluation_blocks,
+        "data_source": shards.manifest.source,
         "data_manifest": str((shards.directory / MANIFEST).resolve()),
         "data_fingerprint": shards.manifest.fingerprint,
     }
@@ -114,24 +155,28 @@ def device_name(device: torch.device) -> str:
 
 
 def session_notes(before: list[dict[str, Any]], now: dict[str, Any]) -> list[str]:
-    """Why a resumed run may differ in its last digits from one that was never interrupted."""
+    """Why a resumed run may differ from one that was never interrupted."""
     if not before:
         return []
-    names = {"threads": "CPU threads", "device": "device", "torch": "torch"}
+    digits = "losses may differ in the last digits"
+    names = {"threads": "CPU threads", "device": "device", "torch": "torch", "batch": "batch_size x grad_accum"}
+    effects = {words: (name, digits) for name, words in names.items()}
+    effects["evaluation blocks"] = ("evaluation_blocks", "validation losses before and after are of different text")
     return [
-        f"{words}: {before[-1].get(name)} before, {now[name]} now; losses may differ in the last digits"
-        for name, words in names.items()
-        if before[-1].get(name) != now[name]
+        f"{words}: {before[-1][name]} before, {now[name]} now; {effect}"
+        for words, (name, effect) in effects.items()
+        if name in before[-1] and before[-1][name] != now[name]
     ]
 
 
 def config_differences(stored: RunConfig, given: RunConfig) -> list[Problem]:
-    """Each field of the sections that define a run whose value differs: given value, and the run's."""
+    """Each field that defines a run and differs: given value, and the run's. SPLIT is free at equal tokens per step."""
     problems = []
+    free = SPLIT if stored.tokens_per_step == given.tokens_per_step else frozenset[str]()
     for section in SECTIONS:
         before, after = getattr(stored, section).model_dump(), getattr(given, section).model_dump()
         for name, value in after.items():
-            if before[name] != value:
+            if before[name] != value and f"{section}.{name}" not in free:
                 rule = f"is not the run's {name}={before[name]}"
                 remedy = "resume with the run's own config.toml, or start a new run"
                 problems.append(Problem(f"{section}.{name}", value, rule, remedy))

@@ -116,7 +116,8 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     if top_k is not None and top_k < len(logits):
         smallest_kept = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    probabilities = torch.softmax(logits / temperature, dim=0)
+    logits = logits.double()
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=0)  # finite however cold it is
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

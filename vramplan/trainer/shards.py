@@ -45,13 +45,17 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a shard directory holds. ``settings`` is all that decided its content: equal settings, equal shards."""
+    """What a shard directory holds. ``settings`` is all that decided its content: equal settings, equal shards.
+
+    ``source`` is the file, folder or pattern that was tokenised, as an absolute path; empty when that is not known.
+    """
 
     settings: dict[str, Any]
     n_vocab: int
     documents: dict[str, int]
     shards: tuple[ShardInfo, ...]
     adjusted_for_block: int | None = None
+    source: str = ""
     format: int = FORMAT
 
     def tokens(self, split: str) -> int:

@@ -1,0 +1,133 @@
+"""What can be known to be wrong before anything is tokenised, written or put on a GPU, and which shards a run means."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, DataError, Problem, command
+from ..planner.step import DeviceKind
+from ..runconfig import RunConfig
+from .data import check_data, default_folder, prepare
+from .events import OnEvent, ignore
+from .parquet import find_sources
+from .rundir import RunDirectory
+from .shards import Manifest, ShardSet
+from .tokenizer import N_RANKS, load_tokenizer
+
+N_VOCAB = N_RANKS + 1
+
+
+def torch_device(kind: DeviceKind, field: str) -> torch.device:
+    """The device of this kind. Raises ConfigError, naming ``field``, when this torch cannot use it."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        built = f"torch {torch.__version__} finds no CUDA device"
+        remedy = f"{built}: use the CPU (vramplan plan --gpu cpu), or install a CUDA build of torch"
+        raise ConfigError(Problem(field, "cuda", "is not available", remedy))
+    return torch.device(kind)
+
+
+def check_start(config: RunConfig, run_dir: Path, *, resume: bool, data: str | None) -> None:
+    """Raise ConfigError with every problem that would stop this run later; changes nothing."""
+    problems: list[Problem] = []
+
+    def collect(error: ConfigError) -> None:
+        problems.extend(error.problems)
+
+    if config.step.workload != "vramplan":
+        rule = "is another script's memory, not this trainer's"
+        problems.append(Problem("step.workload", config.step.workload, rule, 'use workload = "vramplan"'))
+    try:
+        torch_device(config.step.device, "step.device")
+    except ConfigError as error:
+        collect(error)
+    if config.step.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = 'pip install "vramplan[8bit]", or use adamw-fused'
+        problems.append(Problem("step.optimizer", "adamw8bit", "needs bitsandbytes", remedy))
+    run = RunDirectory(run_dir)
+    try:
+        run.check(config, resume=resume)
+    except ConfigError as error:
+        collect(error)
+    if data is None and not resume:
+        problems.append(Problem("--data", "missing", "is required", "name the Parquet files"))
+    if data is not None:
+        try:
+            check_data(data, config.data.text_column, N_VOCAB, config.model.vocab_size)
+        except ConfigError as error:
+            collect(error)
+    if problems:
+        raise ConfigError(problems)
+
+
+def open_shards(
+    config: RunConfig, run_dir: Path, *, resume: bool, data: str | None, folder: Path | None, on_event: OnEvent = ignore
+) -> ShardSet:
+    """The shards for this run: its own when it is resumed and they are still there, else made from ``data``.
+
+    ``folder`` is where they are or shall be; by default where the run last found them, else beside the run. Raises
+    DataError when shards or files are not those of the run, or are gone and ``data`` does not say how to make them.
+    """
+    run = RunDirectory(run_dir)
+    found = _shards_of_run(run, config, data, folder) if resume else None
+    if found is not None:
+        return found
+    if data is None:
+        last = (run.sessions() or [{}])[-1]
+        problems = _missing(run, folder or _recorded(last))
+        source = str(last.get("data_source") or "FILE.parquet")
+        raise DataError([*problems, Problem("--data", "missing", "is required", _again(run, source))])
+    return prepare(
+        data, folder or default_folder(data, run_dir, config.data), load_tokenizer(), config.data,
+        config.model.vocab_size, block_size=config.model.block_size, on_event=on_event,
+    )  # fmt: skip
+
+
+def _recorded(session: dict[str, Any]) -> Path | None:
+    return Path(str(session["data_manifest"])).parent if "data_manifest" in session else None
+
+
+def _missing(run: RunDirectory, place: Path | None) -> list[Problem]:
+    """Why the shards of a run cannot be opened."""
+    if place is None:
+        return [Problem("run_dir", str(run.facts), "does not say which shards the run used")]
+    try:
+        ShardSet.open(place)
+    except DataError as error:
+        return list(error.problems)
+    return []
+
+
+def _shards_of_run(run: RunDirectory, config: RunConfig, data: str | None, folder: Path | None) -> ShardSet | None:
+    """Complete shards with the tokens the run was trained on, or None."""
+    last = (run.sessions() or [{}])[-1]
+    place = folder or _recorded(last)
+    if place is None or _missing(run, place):
+        return None
+    shards = ShardSet.open(place)
+    if last.get("data_fingerprint") not in (None, shards.manifest.fingerprint):
+        if folder is None and data is not None:
+            return None  # replaced by others: make them again from the files
+        rule = "holds other tokens than those the run was trained on"
+        raise DataError(Problem("shards", str(place), rule, "name its own shards with --shards, or start a new run"))
+    if data is not None and not _same_files(data, config.data.text_column, shards.manifest):
+        rule = f"is not the data of this run, which was {shards.manifest.source or 'another'}"
+        raise DataError(Problem("--data", data, rule, "leave --data out, or start a new run"))
+    return shards
+
+
+def _again(run: RunDirectory, source: str) -> str:
+    return f"tokenise again with: {command('vramplan', 'train', '--resume', run.path, '--data', source)}"
+
+
+def _same_files(data: str, column: str, manifest: Manifest) -> bool:
+    """Whether the Parquet files are those of the manifest by name, size and rows; a copy has another time."""
+    if manifest.source == os.path.abspath(os.path.expanduser(data)):
+        return True
+    found = [(s.path.name, s.size_bytes, s.rows) for s in find_sources(data, column)]
+    known = [(s["name"], s["size_bytes"], s["rows"]) for s in manifest.settings.get("sources", [])]
+    return found == known
