@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ from vramplan.cli import main
 from vramplan.cli.training import fit_to_free_memory
 from vramplan.device import HostMemory
 from vramplan.errors import DoesNotFitError
+from vramplan.planner.memory import estimate
+from vramplan.planner.risk import needed_bytes
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.runconfig import RunConfig
@@ -134,6 +137,135 @@ def test_memory_taken_since_the_plan_stops_before_step_0_or_is_replanned(monkeyp
     assert replanned.shape == config.shape
     assert replanned.plan.process_bytes < 2**30
     assert fit_to_free_memory(replanned, None, replan=False) == replanned
+
+
+def test_the_check_before_step_0_keeps_the_plans_risk_limit(monkeypatch):
+    """A plan that would just fit is not within its risk limit."""
+    shape = Shape(n_layer=4, n_head=4, n_embd=256, block_size=256)
+    step = StepConfig(batch_size=64, dtype="float32", loss="full", device="cpu")
+    need = estimate(shape, step).process_bytes
+    monkeypatch.setattr("vramplan.cli.training.host_memory", lambda: HostMemory(2 * need, int(1.01 * need), "test"))
+    for max_risk, fits in ((0.3, True), (0.01, False)):
+        config = RunConfig.build(shape, step, plan={"max_risk": max_risk})
+        if fits:
+            assert fit_to_free_memory(config, None, replan=False) == config
+        else:
+            with pytest.raises(DoesNotFitError, match="The best plan that fits"):
+                fit_to_free_memory(config, None, replan=False)
+
+
+def test_a_replanned_configuration_describes_itself(monkeypatch):
+    shape = Shape(n_layer=4, n_head=4, n_embd=256, block_size=256)
+    step = StepConfig(batch_size=64, grad_accum=2, dtype="float32", loss="full", device="cpu")
+    stale = {
+        "gpu": "RTX 4070", "process_bytes": 1, "peak_allocated_bytes": 1, "oom_risk": 0.5, "tokens_per_second": 9.0,
+        "max_risk": 0.02, "target_parameters": 16_000_000, "budget_bytes": 5,
+    }  # fmt: skip
+    config = RunConfig.build(shape, step, plan=stale, train={"eval_batches": 3, "seed": 5})
+    monkeypatch.setattr("vramplan.cli.training.host_memory", lambda: HostMemory(4 * 2**30, 2**30, "test"))
+    new = fit_to_free_memory(config, None, replan=True)
+    full = estimate(shape, new.step_config)
+    assert (new.plan.process_bytes, new.plan.peak_allocated_bytes) == (full.process_bytes, full.peak_allocated_bytes)
+    assert (new.plan.budget_bytes, new.plan.max_risk, new.plan.target_parameters) == (2**30, 0.02, 16_000_000)
+    assert (new.plan.gpu, new.plan.tokens_per_second) == (None, None)
+    assert new.plan.oom_risk <= 0.02
+    assert new.train.seed == 5
+    assert new.train.eval_batches * new.step.batch_size >= 3 * 64
+
+
+def test_replan_also_when_resuming(corpus, config, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    loaded = RunConfig.load(config)
+    loaded = RunConfig.build(
+        loaded.shape, replace(loaded.step_config, batch_size=4, grad_accum=1, loss="full"),
+        train=loaded.train.model_dump(exclude_none=True),
+    )  # fmt: skip
+    loaded.save(config)
+    run("train", config, "--data", corpus, "--out", out)
+    for path in (out / "checkpoints").iterdir():
+        if "24" in path.name:
+            path.unlink()
+    less = replace(loaded.step_config, batch_size=1, grad_accum=4, loss="chunked", loss_chunk_tokens=512)
+    free = int(needed_bytes(estimate(loaded.shape, less).process_bytes, less, 0.01)) + 1
+    monkeypatch.setattr("vramplan.cli.training.host_memory", lambda: HostMemory(2 * free, free, "test"))
+    assert "Take it with --replan" in run("train", "--resume", out, code=3).stderr
+    text = run("train", "--resume", out, "--replan")
+    assert "Replanned: batch_size=" in text.stderr
+    assert "Finished 24 steps" in text.stdout
+    assert sorted(losses(out)) == list(range(1, 25))
+    assert RunConfig.load(out / "config.toml").step != loaded.step
+
+
+def test_nothing_is_tokenised_before_everything_is_checked(corpus, config, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("")
+    small = config.read_text().replace("vocab_size = 50304", "vocab_size = 50000")
+    small = small.replace("[data]\n", '[data]\ntext_column = "txt"\n').replace('text_column = "text"\n', "")
+    (tmp_path / "small.toml").write_text(small)
+    text = run("train", tmp_path / "small.toml", "--data", corpus, "--out", out, code=2).stderr
+    assert "3 problems" in text
+    for words in ("already holds a run", "vocab_size=50000", "did you mean text?"):
+        assert words in text
+    (tmp_path / "file").write_text("")
+    text = run("train", config, "--data", tmp_path / "none.parquet", "--out", tmp_path / "file" / "run", code=2).stderr
+    assert "which is a file" in text
+    assert "none.parquet" in text
+    assert "--data is required" in run("train", config, "--out", tmp_path / "r", code=2).stderr
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_run_finds_its_shards_again(corpus, config, tmp_path):
+    out, short = tmp_path / "a run [1]", ("--max-steps", "2")
+    assert f"Next: vramplan sample '{out}'" in run("train", config, "--data", corpus, "--out", out, *short).stdout
+    (shards,) = (p for p in (tmp_path / "shards").iterdir())
+    moved = tmp_path / "elsewhere"
+    shards.rename(moved)
+    text = run("train", "--resume", out, code=2).stderr
+    assert f"tokenise again with: vramplan train --resume '{out}' --data {corpus}" in text
+    assert "already finished" in run("train", "--resume", out, "--shards", moved).stdout
+    assert "already finished" in run("train", "--resume", out, "--data", corpus).stdout
+    other = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"text": ["something else entirely, over and over again. " * 20] * 40}), other)
+    text = run("train", "--resume", out, "--data", other, code=2).stderr
+    assert "is not the data of this run" in text
+    assert len(list((tmp_path / "shards").iterdir())) == 1
+    copy = tmp_path / "copies" / corpus.name
+    copy.parent.mkdir()
+    copy.write_bytes(corpus.read_bytes())
+    assert "already finished" in run("train", "--resume", out, "--data", copy).stdout
+
+
+def test_a_closed_pipe_does_not_end_the_run(corpus, config, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vramplan", "train", str(config), "--data", str(corpus), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("Tokenising")
+        process.stdout.close()
+        stderr = process.stderr.read()
+    assert (process.returncode, stderr) == (0, "")
+    assert sorted(losses(out)) == list(range(1, 25))
+
+
+def test_json_and_training_in_one_command_keep_stdout_clean(corpus, tmp_path):
+    result = run(
+        "plan", "--gpu", "cpu", "--vram", "2GiB", "--n-layer", "1", "--n-head", "1", "--n-embd", "64", "--json",
+        "--block-size", "32", "--tokens-per-step", "128", "--token-budget", "2000", "--train", "--data", corpus,
+        "--out", tmp_path / "run", "--max-steps", "2",
+    )  # fmt: skip
+    assert json.loads(result.stdout)["plans"]
+    assert "Finished 2 steps" in result.stderr
+
+
+def test_sample_with_impossible_settings_is_one_clear_error(corpus, config, tmp_path):
+    import torch
+
+    out = tmp_path / "run"
+    run("train", config, "--data", corpus, "--out", out, "--max-steps", "2")
+    assert "--seed" in run("sample", out, "--seed", 2**70, code=2).stderr
+    assert run("sample", out, "--temperature", "1e-40", "--max-new-tokens", 2).stdout
+    if not torch.cuda.is_available():
+        assert '--device="cuda" is not available' in run("sample", out, "--device", "cuda", code=2).stderr
 
 
 def test_bad_data_is_one_clear_error(config, tmp_path):

@@ -50,6 +50,15 @@ def test_damage_in_the_middle_is_an_error(path):
         read_metrics(path)
 
 
+@pytest.mark.parametrize("line", ["[1, 2]", "3", '{"step": 1}', '{"kind": "step", "step": "one"}'])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_line_of_another_kind_is_an_error_wherever_it_is(path, line, last):
+    good = path.read_text(encoding="utf-8")
+    path.write_text(good + line + "\n" + ("" if last else good), encoding="utf-8")
+    with pytest.raises(DataError, match=f"is damaged in line {len(good.splitlines()) + 1}: remove that line"):
+        read_metrics(path)
+
+
 def test_no_file_means_no_lines(tmp_path):
     assert read_metrics(tmp_path / "none") == []
     assert drop_after(tmp_path / "none", 3) == 0

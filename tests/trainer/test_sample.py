@@ -133,6 +133,12 @@ def test_a_directory_without_a_checkpoint(tmp_path, tokenizer):
         sample(tmp_path, "x", tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_the_coldest_temperatures_take_the_likeliest(run_dir, tokenizer, temperature):
+    greedy = sample(run_dir, "the", 5, temperature=0, tokenizer=tokenizer)
+    assert sample(run_dir, "the", 5, temperature=temperature, tokenizer=tokenizer) == greedy
+
+
 def test_settings_out_of_range_are_reported_together(run_dir, tokenizer):
     with pytest.raises(ConfigError) as caught:
         stream(run_dir, "x", 0, temperature=-1, top_k=0, tokenizer=tokenizer)

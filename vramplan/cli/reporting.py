@@ -28,7 +28,9 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **ca
     from ..report.risk import build_report, print_report
 
     shape, step, planned, measured = _read(subject, rank)
-    if any(card[name] for name in ("gpu", "vram", "reserve", "headless")):
+    if any(card[name] for name in ("gpu", "vram", "reserve", "headless")) or (
+        step.device == "cpu" and not planned.get("budget_bytes")
+    ):
         name = card["gpu"] or planned.get("gpu") or ("cpu" if step.device == "cpu" else None)
         target = resolve_target(name, card["vram"], card["reserve"], card["headless"])
         if target.device != step.device:
@@ -62,10 +64,12 @@ def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str,
         from ..trainer.rundir import RunDirectory
 
         run = RunDirectory(subject)
+        if not run.config.exists():
+            raise ConfigError(
+                Problem("run", str(subject), "holds no run", "name a run directory, plan or configuration")
+            )
         config = run.stored_config()
-        lines = (
-            [line for line in read_metrics(run.metrics) if line.get("kind") == "step"] if run.metrics.exists() else []
-        )
+        lines = [line for line in read_metrics(run.metrics) if line["kind"] == "step"]
         measured: dict[str, Any] = {"steps": len(lines)}
         for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
             seen = [line[name] for line in lines if line.get(name) is not None]

@@ -15,6 +15,9 @@ from .step import DType, StepConfig, check_step
 LEVER_CHUNK = 4096
 """Tokens per slice when the chunked loss is offered as a lever: the fastest that the search tries."""
 
+LEAST_CHUNK = 256
+"""Shorter slices save next to nothing: the head and its gradient are larger by then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lever:
@@ -61,21 +64,22 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
         yield "vramplan's trainer, chunked loss", shape, ours, False
     elif step.loss == "full":
         yield "chunked loss", shape, replace(step, loss="chunked", loss_chunk_tokens=LEVER_CHUNK), False
-    elif step.loss_chunk_tokens > 512:
-        half = step.loss_chunk_tokens // 2
+    elif (half := int(min(step.loss_chunk_tokens, step.batch_size * shape.block_size)) // 2) >= LEAST_CHUNK:
         yield f"loss in slices of {half} tokens", shape, replace(step, loss_chunk_tokens=half), False
     if step.checkpointing == "none":
         yield "activation checkpointing", shape, replace(step, checkpointing="block"), False
-    if step.dtype == "float32" and step.device == "cuda":
+    if step.dtype == "float32":
         half_dtype: DType = "bfloat16" if gpu is None or gpu.supports_bf16 else "float16"
         yield half_dtype, shape, replace(step, dtype=half_dtype), True
-    elif step.dtype == "bfloat16" and step.device == "cuda":
+    elif step.dtype == "bfloat16":
         yield "float16 (the same two bytes)", shape, replace(step, dtype="float16"), True
+    else:
+        yield "float32", shape, replace(step, dtype="float32"), True
     if step.optimizer != "adamw8bit" and step.workload == "vramplan":
         yield "8-bit AdamW states", shape, replace(step, optimizer="adamw8bit"), True
     if step.device == "cuda":
         yield ("eager" if step.compile else "compiled"), shape, replace(step, compile=not step.compile), False
-    if shape.block_size % 2 == 0 and shape.block_size > 64:
+    if shape.block_size % 2 == 0:
         shorter = replace(shape, block_size=shape.block_size // 2)
         longer_step = replace(step, grad_accum=step.grad_accum * 2)
         yield f"block_size {shorter.block_size}", shorter, longer_step, True

@@ -116,6 +116,9 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     out.print(f"  By phase: {phases}.")
     out.print(_lever_table(report))
     out.print("  * changes the optimisation itself (numerics or context length).")
+    out.print(
+        "  The largest batch divides the step's sequences; (all) is the whole step at once, without accumulation."
+    )
     _print_measured(out, report)
 
 
@@ -123,15 +126,21 @@ def _lever_table(report: RiskReport) -> Table:
     table = Table(title="\nLevers, one at a time", title_justify="left", box=None, padding=(0, 2))
     for name in ("change", "needs", "saves", "speed", "largest batch"):
         table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
-    largest = str(report.largest_batch) if report.largest_batch else "none fits"
-    table.add_row("as it is", gib(report.estimate.process_bytes), "", "", largest)
+    table.add_row("as it is", gib(report.estimate.process_bytes), "", "", _batch(report.largest_batch, report.step))
     for lever in report.levers:
         speed = "n/a" if lever.speed_ratio is None else f"{lever.speed_ratio:.2f}x"
-        largest = str(lever.largest_batch) if lever.largest_batch else "none fits"
+        largest = _batch(lever.largest_batch, lever.step)
         name = f"{lever.name}{' *' if lever.changes_result else ''}"
         saved = f"{'-' if lever.saved_bytes < 0 else ''}{gib(abs(lever.saved_bytes))}"
         table.add_row(name, gib(lever.process_bytes), saved, speed, largest)
     return table
+
+
+def _batch(largest: int, step: StepConfig) -> str:
+    """The largest batch in words: it divides the step's sequences, so the whole step is the most there is."""
+    if largest == step.batch_size * step.grad_accum:
+        return f"{largest} (all)"
+    return str(largest) if largest else "none fits"
 
 
 def _print_measured(out: Console, report: RiskReport) -> None:

@@ -71,7 +71,7 @@ def stream(
     ``max_new_tokens``. ``temperature`` 0 always takes the most likely token; ``top_k`` None considers all. The same
     seed gives the same text. Raises ConfigError for settings out of range, DataError without a usable checkpoint.
     """
-    _check(max_new_tokens, temperature, top_k)
+    _check(max_new_tokens, temperature, top_k, seed)
     device = device or torch.device("cpu")
     tokenizer = tokenizer or load_tokenizer()
     model, _, _ = load_model(run_dir, device)
@@ -135,8 +135,10 @@ def _text(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield rest
 
 
-def _check(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def _check(max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     problems = []
+    if not 0 <= seed < 2**63:
+        problems.append(Problem("seed", seed, "must lie between 0 and 2^63 - 1"))
     if max_new_tokens < 1:
         problems.append(Problem("max_new_tokens", max_new_tokens, "must be at least 1"))
     if not 0 <= temperature < float("inf"):
