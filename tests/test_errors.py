@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,10 @@ from vramplan.errors import (
     DataError,
     DoesNotFitError,
     Problem,
+    Stopped,
     TokenizerUnavailableError,
     VramplanError,
+    command,
     did_you_mean,
 )
 
@@ -27,7 +32,7 @@ def test_the_exported_exceptions_are_the_tree_in_the_docstring() -> None:
     tree = [line.strip("│├└─ ").split() for line in (errors.__doc__ or "").splitlines() if "exit code" in line]
     assert {words[0]: int(words[3]) for words in tree} == {n: e.exit_code for n, e in public_errors().items()}
     assert set(public_errors()) == {
-        "VramplanError", "ConfigError", "DataError", "DoesNotFitError", "TokenizerUnavailableError",
+        "VramplanError", "ConfigError", "DataError", "DoesNotFitError", "TokenizerUnavailableError", "Stopped",
     }  # fmt: skip
 
 
@@ -39,6 +44,7 @@ def test_the_exported_exceptions_are_the_tree_in_the_docstring() -> None:
         (DataError, ConfigError),
         (DoesNotFitError, VramplanError),
         (TokenizerUnavailableError, VramplanError),
+        (Stopped, VramplanError),
     ],
 )
 def test_parents(kind: type, parent: type) -> None:
@@ -77,6 +83,16 @@ def test_an_error_survives_the_way_out_of_a_worker_process(kind: type[ConfigErro
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
     assert (copy.problems, copy.source, str(copy)) == (error.problems, error.source, str(error))
+
+
+def test_a_stop_carries_its_signal_and_the_exit_code_of_a_shell() -> None:
+    error = pickle.loads(pickle.dumps(Stopped("stopped", 15)))
+    assert (str(error), error.signal_number, error.exit_code, Stopped.exit_code) == ("stopped", 15, 143, 128)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its shell quotes in another way")
+def test_a_command_is_quoted_for_the_shell() -> None:
+    assert shlex.split(command("vramplan", Path("a b [1]'"))) == ["vramplan", "a b [1]'"]
 
 
 def test_did_you_mean_names_the_nearest_or_else_everything() -> None:

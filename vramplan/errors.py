@@ -78,9 +78,11 @@ class TokenizerUnavailableError(VramplanError):
 class Stopped(VramplanError):  # noqa: N818 - what happened, not something wrong
     """A signal ended the work; the message says what is left of it and how to go on."""
 
+    exit_code = 128
+
     def __init__(self, message: str, signal_number: int) -> None:
         self.signal_number = signal_number
-        self.exit_code = 128 + signal_number
+        self.exit_code = type(self).exit_code + signal_number
         super().__init__(message)
 
     def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:

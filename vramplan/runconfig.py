@@ -220,7 +220,7 @@ def _problem(model: type[BaseModel], error: Any) -> Problem:
     path = [str(part) for part in error["loc"]]
     dotted = ".".join(path)
     if error["type"] == "extra_forbidden" and len(path) == 1 and isinstance(error["input"], dict):
-        return Problem(f"[{dotted}]", "missing", "is not a known section", _unknown_key_remedy(model, path))
+        return Problem(dotted, "missing", "is not a known section", _unknown_key_remedy(model, path))
     if error["type"] == "extra_forbidden":
         return Problem(dotted, error["input"], "is not a known key", _unknown_key_remedy(model, path))
     if error["type"] == "missing":

@@ -45,6 +45,30 @@ class CompiledStep(EagerStep):
             }
         )
 
+    def _block_transient(self, x: Row, *, keep_input: bool = True) -> None:
+        """As in eager mode, but a buffer goes after its last use, not when the function that named it returns."""
+        t, hN, e = self.tape, self.h * self.N, self.e
+        normed = self._norm_transient("ln_1")
+        qkv = self._linear_transient("attn.qkv", 3 * self.h, self.h)
+        t.free(normed)
+        attended = self._attention_forward()
+        t.free(qkv, *(row for name, row in attended.items() if name != "attention"))
+        branch = self._linear_transient("attn.proj", self.h, self.h)
+        t.free(attended["attention"])
+        mid = t.new("residual after attention", "activations", self.r * hN)
+        t.free(branch)
+        if not keep_input:
+            t.free_oldest(x)
+        normed = self._norm_transient("ln_2")
+        fc = self._linear_transient("mlp.fc", 4 * self.h, self.h)
+        t.free(normed)
+        gelu = t.new("gelu output", "activations", 4 * e * hN)
+        t.free(fc)
+        branch = self._linear_transient("mlp.proj", self.h, 4 * self.h)
+        t.free(gelu)
+        t.alloc(x)
+        t.free(branch, mid)
+
     def _weight_copy(self, name: str, n_out: Ints, n_in: Ints, kept: dict[str, Row]) -> None:
         if self.e != 4:  # bias copies are fused into the product's epilogue
             kept[f"{name}.w"] = self.tape.new(f"{name} weight copy", "weights", self.e * n_out * n_in)

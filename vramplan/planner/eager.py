@@ -118,8 +118,8 @@ class EagerStep(LossRows):
         self._weight_copy("mlp.proj", self.h, 4 * self.h, kept)
         return saved
 
-    def _block_transient(self, x: Row) -> None:
-        """A block's forward that keeps only its input: activation checkpointing's first pass."""
+    def _block_transient(self, x: Row, *, keep_input: bool = True) -> None:
+        """A block's forward that keeps only its input (activation checkpointing's first pass), or not even that."""
         t, hN, e = self.tape, self.h * self.N, self.e
         normed = self._norm_transient("ln_1")
         qkv = self._linear_transient("attn.qkv", 3 * self.h, self.h)
@@ -137,6 +137,8 @@ class EagerStep(LossRows):
         t.free(gelu, normed)
         t.alloc(x)
         t.free(branch, mid)
+        if not keep_input:
+            t.free_oldest(x)
 
     def _norm_forward(self, name: str) -> Saved:
         """LayerNorm keeps its input (counted by its producer), mean and 1/std; the linear after it keeps its output."""
@@ -216,8 +218,7 @@ class EagerStep(LossRows):
         inputs = [t.new(name, "inputs", 8 * self.N) for name in ("tokens", "targets")]
         x = self._embedding_forward()
         with t.repeat(self.shape.n_layer):
-            self._block_transient(x)
-            t.free_oldest(x)
+            self._block_transient(x, keep_input=False)
         hidden = self._norm_transient("ln_f")
         t.free(x)
         self._loss_only()
