@@ -1,6 +1,7 @@
 """The commands as a user types them: output, exit codes, and errors that name field, value, rule and remedy."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from vramplan.cli import COMMANDS, main
 from vramplan.device import GpuProcess, LiveGpu
+from vramplan.planner.shape import Shape, candidates_near, conventional
 from vramplan.runconfig import RunConfig
 
 RTX3060_GPT = [
@@ -115,7 +117,7 @@ def test_cpu_plan_is_float32_eager_and_has_no_speed():
         (["--gpu", "4070", "--params", "125M", "--tokens-per-step", "524300"], 2, ["524288", "525312"]),
         (["--gpu", "4070", "--params", "125M", "--vram", "12"], 2, ["has no unit", "12GiB", "12GB"]),
         (["--gpu", "4070", "--params", "125M", "--vram", "0GiB"], 2, ["--vram", "positive"]),
-        (["--gpu", "4070", "--params", "125M", "--max-risk", "2"], 2, ["--max-risk", "between 0 and 0.5"]),
+        (["--gpu", "4070", "--params", "125M", "--max-risk", "2"], 2, ["--max-risk", "at most 50%"]),
         (["--gpu", "4070", "--params", "lots"], 2, ["--params", "lots", "125M"]),
         (["--gpu", "4070", "--n-layer", "0", "--n-head", "0", "--n-embd", "-4"], 2,
          ["n_layer=0", "n_head=0", "n_embd=-4", "at least 1"]),
@@ -130,6 +132,142 @@ def test_bad_requests_are_one_clear_error(args, code, words):
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "fields"),
+    [
+        (["--n-layer", "0", "--n-head", "-1", "--n-embd", "0", "--vocab-size", "-5", "--block-size", "0",
+          "--batch-size", "0"],
+         ["n_layer=0", "n_head=-1", "n_embd=0", "vocab_size=-5", "block_size=0", "--batch-size=0"]),
+        (["--gpu", "xyz", "--tokens-per-step", "1000", "--vocab-size", "0", "--params", "125M"],
+         ['gpu="xyz"', "tokens_per_step=1000", "vocab_size=0"]),
+        (["--batch-size", "3", "--n-embd", "512", "--n-head", "12", "--params", "125M", "--tokens-per-step", "2049"],
+         ["tokens_per_step=2049", "n_embd=512"]),
+        (["--compile", "on", "--no-compile", "--headless", "--reserve", "1GiB", "--params", "125M"],
+         ["--no-compile", "--reserve"]),
+    ],
+)  # fmt: skip
+def test_all_problems_of_a_request_come_at_once(args, fields):
+    text = run("plan", *(() if "--gpu" in args else ("--gpu", "4070")), *args, code=2).stderr
+    for field in fields:
+        assert text.count(f"* {field}") == 1, text
+
+
+def test_what_was_not_stated_is_said():
+    assert "Not given, so assumed: n_head 12, n_embd 768." in run("plan", "--gpu", "4070", "--n-layer", "24").stdout
+    text = run("plan", "--gpu", "4070", "--n-embd", "500").stdout
+    assert "assumed: n_layer 12, n_head 10." in text
+    assert "unlike published GPTs" in text
+
+
+def test_a_minimum_that_is_printed_is_enough():
+    text = run("plan", "--gpu", "4070", "--params", "125M", "--vram", "1.90GiB", code=3).stderr
+    least = re.search(r"needs at least (\S+) GiB free", text).group(1)
+    assert run_json("plan", "--gpu", "4070", "--params", "125M", "--vram", f"{least}GiB")["plans"]
+    needs = re.search(r"needs at least (\S+) GiB free", run("plan", "--gpu", "4070", "--params", "125M").stdout).group(
+        1
+    )
+    best = ("--gpu", "4070", "--params", "125M", "--batch-size", "16", "--loss", "full")
+    assert run_json("plan", *best, "--vram", f"{needs}GiB")["plans"][0]["config"]["compile"]
+
+
+def test_nothing_fits_names_a_shape_near_the_target_that_does():
+    text = run("plan", "--gpu", "4070", "--params", "125M", "--vram", "1.80GiB", "--tolerance", "10%", code=3).stderr
+    label, size = re.search(r"Also near the target, (\S+) \((\S+)M\) fits", text).groups()
+    assert 112.5 <= float(size) <= 137.5
+    dims = [w for name, n in zip(("layer", "head", "embd"), re.findall(r"\d+", label), strict=True)
+            for w in (f"--n-{name}", n)]  # fmt: skip
+    assert run_json("plan", "--gpu", "4070", *dims, "--vram", "1.80GiB")["plans"]
+
+
+def test_the_fastest_shape_is_the_fastest_of_all_conventional_ones():
+    answer = run_json("plan", "--gpu", "4070", "--params", "125M", "--tolerance", "20%", "--shape", "fastest")
+    like = Shape(n_layer=1, n_head=1, n_embd=64)
+    shapes = [s for s in candidates_near(125_000_000, 0.2, like) if conventional(s)]
+    assert answer["considered"] == len(shapes) * 1200
+    best = answer["plans"][0]
+    for shape in shapes:
+        dims = ("--n-layer", shape.n_layer, "--n-head", shape.n_head, "--n-embd", shape.n_embd)
+        alone = run_json("plan", "--gpu", "4070", *dims, "--top", "1")["plans"][0]
+        assert alone["tokens_per_second"] <= best["tokens_per_second"] * (1 + 1e-9)
+
+
+def test_on_a_cpu_the_largest_batch_does_not_win():
+    answer = run_json("plan", "--gpu", "cpu", "--vram", "20GiB", "--params", "30M")["plans"]
+    assert answer[0]["config"]["batch_size"] * 1024 == 8192
+    assert "the same FLOPs" in answer[1]["reason"]
+
+
+def test_a_size_alone_is_a_gpu_that_is_not_named():
+    text = run("plan", "--vram", "8.3GiB", "--params", "125M").stdout
+    assert "Plan for a GPU of this size: 8.30 GiB" in text
+    assert "unknown without a card's name" in text
+    configs = [p["config"] for p in run_json("plan", "--vram", "8.3GiB", "--params", "125M", "--top", "5")["plans"]]
+    assert {c["dtype"] for c in configs} == {"bfloat16"}
+    assert configs[0]["compile"]
+
+
+def test_more_memory_than_the_card_has_is_said():
+    text = run("plan", "--gpu", "4070", "--vram", "40GiB", "--params", "125M").stdout
+    assert "40.00 GiB is more than the RTX 4070 has: 11.71 GiB can be used of it." in text
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "budget"),
+    [
+        (["--gpu", "4070", "--vram", "8.3GiB"], ["--reserve", "0.5GiB"], 7.8),
+        (["--vram", "8.3GiB"], ["--reserve", "0.5GiB"], 7.8),
+        (["--gpu", "4070"], ["--reserve", "0GiB"], 11.713),
+        (["--gpu", "4070"], ["--headless"], 11.713),
+        (["--gpu", "4070"], ["--vram", "9GiB"], 9.0),
+    ],
+)
+def test_a_report_can_keep_back_more_or_less_than_the_plan(made, asked, budget, tmp_path):
+    path, config = tmp_path / "plan.json", tmp_path / "run.toml"
+    run("plan", *made, "--params", "125M", "-o", path)
+    run("apply", path, "-o", config)
+    for subject in (path, config):
+        assert run_json("report", subject, *asked)["budget_bytes"] / 2**30 == pytest.approx(budget, abs=2e-3)
+
+
+def test_another_scripts_plan_does_not_lead_to_our_trainer(tmp_path):
+    path, config = tmp_path / "plan.json", tmp_path / "run.toml"
+    text = run("plan", "--gpu", "4070", "--params", "125M", "--workload", "nanogpt", "-o", path).stdout
+    assert "memory of the nanogpt workload" in text
+    assert "--format nanogpt" in text
+    assert "vramplan train" not in text
+    assert "vramplan train" not in run("apply", path, "-o", config).stdout
+    start = ("plan", "--params", "125M", "--workload", "nanogpt", "--train", "--data", "x", "--out", tmp_path / "r")
+    assert "--train starts this trainer" in run(*start, code=2).stderr
+
+
+def test_apply_takes_max_steps_for_nanogpt_and_never_overwrites_its_plan(plan_file, tmp_path):
+    text = run("apply", plan_file, "--format", "nanogpt", "--max-steps", "7").stdout
+    assert "max_iters = 7\n" in text
+    assert "lr_decay_iters = 7\n" in text
+    before = plan_file.read_bytes()
+    assert "is the plan file itself" in run("apply", plan_file, "-o", plan_file, code=2).stderr
+    assert plan_file.read_bytes() == before
+
+
+def test_a_head_too_wide_for_fused_attention_is_outside_the_model():
+    shape = ("--n-layer", "12", "--n-head", "1", "--n-embd", "768")
+    assert "Outside the model: head_dim 768" in run("estimate", *shape, "--batch-size", "1").stdout
+    assert run_json("estimate", *shape, "--batch-size", "1")["caveats"]
+    assert any("head_dim 768" in note for note in run_json("plan", "--gpu", "4070", *shape)["notes"])
+
+
+def test_cpu_in_capitals_is_the_cpu():
+    args = ("estimate", "--n-layer", "2", "--n-head", "2", "--n-embd", "64", "--batch-size", "1", "--gpu")
+    one, other = (run_json(*args, name) for name in ("cpu", "CPU"))
+    assert one["process_bytes"] == other["process_bytes"]
+
+
+def test_eight_bit_states_come_with_their_price():
+    text = run("plan", "--gpu", "4070", "--params", "350M", "--vram", "4.6GiB").stdout
+    assert "none does without this cost in numerics" in text
+    assert "vramplan[8bit]" in text
 
 
 def test_estimate_of_the_measured_rtx_3060_row():

@@ -60,7 +60,8 @@ def test_has_the_shape_and_size_it_claims(name: str) -> None:
     assert size in comment
     for claimed in re.findall(r"head_dim (\d+)", comment):
         assert int(claimed) == shape.head_dim
-    row = next(r for r in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if f"`{name}.toml`" in r)
+    rows = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    row = next(r for r in rows if r.startswith(f"| `{name}.toml`"))
     assert [cell.strip() for cell in row.split("|")[2:5]] == [label, size, str(shape.head_dim)]
 
 

@@ -61,6 +61,30 @@ class ConfigError(VramplanError):
         return type(self), (self.problems, self.source)
 
 
+class Collector:
+    """Gathers the problems of several checks: ``with collect: check()`` for each, then :meth:`finish`."""
+
+    def __init__(self, problems: Iterable[Problem] = ()) -> None:
+        self.problems = list(problems)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, ConfigError):
+            self.problems.extend(error.problems)
+        return isinstance(error, ConfigError)
+
+    def error(self) -> ConfigError:
+        """All problems as one error; each once, though several checks may have met it."""
+        return ConfigError([p for i, p in enumerate(self.problems) if p not in self.problems[:i]])
+
+    def finish(self) -> None:
+        """Raise that error if there was any problem."""
+        if self.problems:
+            raise self.error()
+
+
 class DataError(ConfigError):
     """A data file, shard directory or run directory that cannot be used as it is."""
 

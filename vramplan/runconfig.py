@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError, Problem, did_you_mean
 from .files import write_text
+from .planner.risk import CERTAINTY, LARGEST_RISK
 from .planner.shape import PADDED_GPT2_VOCAB, Shape, check_shape
 from .planner.step import (
     DEFAULT_LOSS_CHUNK,
@@ -78,7 +79,7 @@ class TrainSection(_Section):
     log_interval: int = Field(default=10, ge=1, description="optimizer steps between metric lines")
     checkpoint_interval: int = Field(default=250, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1)
-    seed: int = Field(default=1337, ge=0)
+    seed: int = Field(default=1337, ge=0, lt=2**63)
 
 
 class DataSection(_Section):
@@ -93,13 +94,14 @@ class PlanSection(_Section):
     """What the planner expected when it wrote this file. Informative; ``train`` compares it with the machine."""
 
     gpu: str | None = None
-    budget_bytes: int | None = None
-    process_bytes: int | None = None
-    peak_allocated_bytes: int | None = None
-    tokens_per_second: float | None = None
-    oom_risk: float | None = None
-    max_risk: float | None = None
-    target_parameters: int | None = None
+    total_bytes: int | None = Field(default=None, ge=1, description="the card's, or what was given for it")
+    budget_bytes: int | None = Field(default=None, ge=1, description="of these, what the run may take")
+    process_bytes: int | None = Field(default=None, ge=1)
+    peak_allocated_bytes: int | None = Field(default=None, ge=1)
+    tokens_per_second: float | None = Field(default=None, gt=0)
+    oom_risk: float | None = Field(default=None, ge=0, le=1)
+    max_risk: float | None = Field(default=None, ge=CERTAINTY, le=LARGEST_RISK)
+    target_parameters: int | None = Field(default=None, ge=1)
     version: str | None = None
 
 

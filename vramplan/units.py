@@ -65,11 +65,20 @@ def _scaled(number: str, unit: int, field: str, text: str) -> float:
 
 def gib(n_bytes: float, digits: int = 2) -> str:
     """``12558041088`` -> ``"11.70 GiB"``; sizes under 0.1 GiB in MiB, under 0.1 MiB in KiB."""
+    unit, name, digits = _unit(n_bytes, digits)
+    return f"{n_bytes / unit:.{digits}f} {name}"
+
+
+def gib_needed(n_bytes: float, digits: int = 2) -> str:
+    """As :func:`gib`, rounded up: who provides what is printed has enough."""
+    unit, name, digits = _unit(n_bytes, digits)
+    return f"{math.ceil(n_bytes / unit * 10**digits) / 10**digits:.{digits}f} {name}"
+
+
+def _unit(n_bytes: float, digits: int) -> tuple[int, str, int]:
     if abs(n_bytes) >= 0.1 * GIB or n_bytes == 0:
-        return f"{n_bytes / GIB:.{digits}f} GiB"
-    if abs(n_bytes) >= 0.1 * MIB:
-        return f"{n_bytes / MIB:.1f} MiB"
-    return f"{n_bytes / KIB:.1f} KiB"
+        return GIB, "GiB", digits
+    return (MIB, "MiB", 1) if abs(n_bytes) >= 0.1 * MIB else (KIB, "KiB", 1)
 
 
 def count(n: float) -> str:

@@ -220,3 +220,26 @@ def test_the_catalogue_loads_without_heavy_imports() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [("a100 80", "A100 SXM 80GB"), ("pro 6000", "RTX PRO 6000 Blackwell"), ("quadro rtx 6000", "Quadro RTX 6000")],
+)
+def test_short_names_that_mean_one_card(name, card):
+    assert find_gpu(name).name == card
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rtx 6000", ["several cards", "Quadro RTX 6000", "RTX 6000 Ada", "RTX PRO 6000 Blackwell"]),
+        ("4070 8gb", ["RTX 4070 Laptop"]),
+        ("xyz", ["nearest: "]),
+    ],
+)
+def test_names_that_do_not_mean_one_card_list_the_nearest(name, words):
+    with pytest.raises(ConfigError) as caught:
+        find_gpu(name)
+    for word in words:
+        assert word in str(caught.value)

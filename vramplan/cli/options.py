@@ -12,8 +12,8 @@ from ..device import compile_support, cpu_has_bf16, host_memory, live_gpu
 from ..errors import ConfigError, Problem
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
-from ..planner.risk import LARGEST_RISK
-from ..planner.shape import PADDED_GPT2_VOCAB, Shape, candidates_near, check_shape
+from ..planner.risk import CERTAINTY, LARGEST_RISK
+from ..planner.shape import PADDED_GPT2_VOCAB
 from ..planner.step import DeviceKind, DType
 from ..units import gib, parse_bytes, parse_count
 
@@ -41,22 +41,23 @@ class Count(click.ParamType[Any]):
 
 
 class Share(click.ParamType[Any]):
-    """A probability or fraction: 1%, 0.01."""
+    """A probability or fraction between two bounds: 1%, 0.01."""
 
     name = "SHARE"
 
-    def __init__(self, largest: float = 1.0) -> None:
-        self.largest = largest
+    def __init__(self, least: float = 1e-9, largest: float = 1.0) -> None:
+        self.least, self.largest = least, largest
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse; must lie strictly between 0 and the largest."""
+        """Parse; the value must lie within the bounds, and below 1."""
         text = str(value).strip()
         try:
             share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
             share = -1.0
-        if not 1e-9 <= share <= self.largest or share == 1:
-            rule = f"must lie between 0 and {self.largest:g}"
+        if not self.least <= share <= self.largest or share == 1:
+            most = f"below {self.largest:.0%}" if self.largest == 1 else f"at most {self.largest:.0%}"
+            rule = f"must be at least {self.least * 100:g}% and {most}"
             raise ConfigError(Problem(_option(param), text, rule, "write 1% or 0.01"))
         return share
 
@@ -88,7 +89,10 @@ def card_options(default: str | None, max_risk: float | None = DEFAULT_MAX_RISK)
         click.option("--reserve", type=Size(), help="Kept back for the desktop. [default: 0.75GiB for a named card]"),
         click.option("--headless", is_flag=True, help="The card drives no screen: nothing is kept back."),
         click.option(
-            "--max-risk", type=Share(LARGEST_RISK), default=max_risk, help=f"Largest accepted OOM risk. {limit}"
+            "--max-risk",
+            type=Share(CERTAINTY, LARGEST_RISK),
+            default=max_risk,
+            help=f"Largest accepted OOM risk. {limit}",
         ),
     )
 
@@ -117,11 +121,19 @@ class Target:
     compile_note: str
 
 
+def is_cpu(gpu: str | None) -> bool:
+    """Whether --gpu asks for this machine's CPU."""
+    return gpu is not None and gpu.lower() == "cpu"
+
+
 def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headless: bool) -> Target:
     """Find the card and its budget. Raises ConfigError when there is neither a card nor a size."""
     if vram is not None and vram <= 0:
         raise ConfigError(Problem("--vram", vram, "must be positive"))
-    if gpu is not None and gpu.lower() == "cpu":
+    if headless and reserve is not None:
+        rule = "contradicts --headless, which keeps nothing back"
+        raise ConfigError(Problem("--reserve", gib(reserve), rule, "leave one of them out"))
+    if is_cpu(gpu):
         return _cpu_target(vram, reserve)
     if gpu is not None and gpu.lower() == "auto":
         return _live_target(vram, reserve, headless)
@@ -140,7 +152,8 @@ def _cpu_target(vram: int | None, reserve: int | None) -> Target:
     available = vram if vram is not None else host.available_bytes
     found = Budget(total_bytes=available, reserve_bytes=reserve or 0)
     if found.budget_bytes <= context_bytes(None, "cpu"):
-        rule = f"leaves nothing beside Python with torch ({gib(context_bytes(None, 'cpu'))})"
+        kept = f" less the {gib(reserve)} of --reserve" if reserve else ""
+        rule = f"{kept} leaves nothing beside Python with torch ({gib(context_bytes(None, 'cpu'))})".strip()
         raise ConfigError(Problem("--vram", gib(available), rule, "give more, or reserve less"))
     notes = [] if vram is not None else [f"{gib(available)} of host memory is available now."]
     dtypes: tuple[DType, ...] = ("float32",)
@@ -168,51 +181,3 @@ def _live_target(vram: int | None, reserve: int | None, headless: bool) -> Targe
     who = f"The rest of {gib(live.total_bytes)} is held by the driver{' and ' + ', '.join(held) if held else ''}."
     known = f"{live.name}." if card else f"{live.name} is not in the catalogue: speed and MFU are unknown."
     return Target(card, "cuda", found, (known, *found.assumptions, who), can_compile, _half_dtypes(card), why)
-
-
-def resolve_shapes(
-    params: int | None, tolerance: float, n_layer: int | None, n_head: int | None, n_embd: int | None, like: Shape
-) -> tuple[Shape, ...]:
-    """The settled shape first, then the others worth showing. Raises ConfigError when the request is not clear."""
-    given = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-    stated = {name: value for name, value in given.items() if value is not None}
-    if params is None and not stated:
-        raise ConfigError(
-            Problem("--params", "missing", "is required", "give --params 125M, or --n-layer, --n-head, --n-embd")
-        )
-    if params is None or len(stated) == 3:
-        shape = _complete(like, stated)
-        problems = check_shape(shape)
-        if problems:
-            raise ConfigError(problems)
-        return (shape,)
-    wrong = [p for p in check_shape(_complete(like, stated)) if p.field in stated]
-    if wrong:
-        raise ConfigError(wrong)
-    near = [s for s in candidates_near(params, tolerance, like) if _has(s, stated)]
-    if near:
-        return tuple(near[:24])
-    wider = [s for s in candidates_near(params, 0.9, like) if _has(s, stated)]
-    closest = sorted(wider, key=lambda s: abs(s.parameters - params))[:3]
-    remedy = "nearest: " + "; ".join(f"{s.label} with {s.parameters / 1e6:.1f}M" for s in closest)
-    if not closest:
-        remedy = "give --n-layer, --n-head and --n-embd"
-        if not stated:
-            least = (like.vocab_size + like.block_size) * 64 / 1e6
-            remedy += f", or a smaller --vocab-size (embeddings 64 wide alone take {least:.1f}M)"
-    beside = "".join(f", {name}={value}" for name, value in stated.items())
-    raise ConfigError(Problem("--params", params, f"has no usual shape within {tolerance:g}{beside}", remedy))
-
-
-def _has(shape: Shape, stated: dict[str, int]) -> bool:
-    return all(getattr(shape, name) == value for name, value in stated.items())
-
-
-def _complete(like: Shape, stated: dict[str, int]) -> Shape:
-    """Fill in what was not stated: 12 layers, heads 64 wide."""
-    n_embd = stated.get("n_embd", 64 * stated.get("n_head", 12))
-    n_head = stated.get("n_head", max(1, n_embd // 64))
-    return Shape(
-        n_layer=stated.get("n_layer", 12), n_head=n_head, n_embd=n_embd, vocab_size=like.vocab_size,
-        block_size=like.block_size, bias=like.bias, tied=like.tied,
-    )  # fmt: skip

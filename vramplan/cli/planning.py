@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import rich_click as click
 from click.core import ParameterSource
 
-from ..errors import ConfigError, Problem, command
+from ..errors import Collector, ConfigError, Problem, command
 from ..files import write_text
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
 from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans
 from ..planner.search import LOSS_CHUNKS, Grid, check_tokens_per_step
-from ..planner.shape import Shape, check_shape
+from ..planner.shape import Shape, check_shape, settle_shapes
 from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
-from .options import Count, Share, Target, card_options, options, resolve_shapes, resolve_target, shape_options
+from .options import Count, Share, Target, card_options, is_cpu, options, resolve_target, shape_options
 
 
 def _choice(name: str, extra: tuple[str, ...] = ()) -> click.Choice[str]:
@@ -95,8 +96,10 @@ def plan(
     if start and (data is None or out is None):
         missing = "--data" if data is None else "--out"
         raise ConfigError(Problem(missing, "missing", "is required with --train"))
-    target = resolve_target(search["gpu"], search["vram"], search["reserve"], search["headless"])
-    plans = search_plans(target, search)
+    if start and search["workload"] != "vramplan":
+        rule = "is another script's memory: --train starts this trainer"
+        raise ConfigError(Problem("--workload", search["workload"], rule, "leave out one of them"))
+    target, assumed, plans = search_plans(search)
     if output is not None:
         write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n", "--output")
     if as_json:
@@ -105,7 +108,7 @@ def plan(
         from ..report.plans import print_plans
 
         asked = search["no_compile"] or search["compile_"] != "auto"
-        notes = target.notes if asked else (*target.notes, target.compile_note)
+        notes = (*target.notes, *assumed, *(() if asked else (target.compile_note,)))
         print_plans(plans, notes, saved_as=output, goes_on=start)
     if start and data is not None and out is not None:
         from .training import start_training
@@ -114,28 +117,51 @@ def plan(
         start_training(config, data, out, resume=False, replan=False, to_stderr=as_json)
 
 
-def search_plans(target: Target, search: dict[str, Any]) -> PlanSet:
-    """Build the grid that the options describe and search it."""
+def search_plans(search: dict[str, Any]) -> tuple[Target, list[str], PlanSet]:
+    """Where to plan for, what was assumed, and what was found; every problem of the request in one error."""
+    collect = Collector()
+    target = None
+    with collect:
+        target = resolve_target(search["gpu"], search["vram"], search["reserve"], search["headless"])
+    if search["no_compile"] and search["compile_"] == "on":
+        collect.problems.append(Problem("--no-compile", "given", "contradicts --compile on", "leave one of them out"))
+    if search["batch_size"] is not None and search["batch_size"] < 1:
+        collect.problems.append(Problem("--batch-size", search["batch_size"], "must be at least 1"))
     like = Shape(
         n_layer=1, n_head=1, n_embd=64, vocab_size=search["vocab_size"], block_size=search["block_size"],
         bias=search["bias"], tied=search["tied"],
     )  # fmt: skip
-    problems = check_shape(like)
-    if search["batch_size"] is not None and search["batch_size"] < 1:
-        problems.append(Problem("--batch-size", search["batch_size"], "must be at least 1"))
-    if not problems:
-        check_tokens_per_step(search["tokens_per_step"], search["block_size"])
-    if problems:
-        raise ConfigError(problems)
-    dims = {name: search[name] for name in ("n_layer", "n_head", "n_embd")}
-    if dims["n_embd"] and dims["n_head"] and dims["n_embd"] > 0 < dims["n_head"] and dims["n_embd"] % dims["n_head"]:
-        raise ConfigError(_illegal_shape(target, search, like))
-    shapes = resolve_shapes(search["params"], search["tolerance"], **dims, like=like)
-    return make_plan(
-        _grid(target, search, shapes), target.gpu, target.budget, max_risk=search["max_risk"], top=search["top"],
+    outer = check_shape(like)
+    collect.problems += outer
+    if search["block_size"] > 0:
+        with collect:
+            check_tokens_per_step(search["tokens_per_step"], search["block_size"])
+    stated = {n: search[n] for n in ("n_layer", "n_head", "n_embd") if search[n] is not None}
+    asked = replace(like, **{"n_layer": 12, **stated})
+    indivisible = len(stated.keys() - {"n_layer"}) == 2 and {p.field for p in check_shape(asked)} == {"n_embd"}
+    if indivisible and target is not None and not collect.problems and asked.n_embd > 0:
+        found: Target = target
+        raise ConfigError(
+            price_illegal(asked, lambda s: _grid(found, search, (s,)), target.gpu, target.budget, search["max_risk"])
+        )
+    shapes: tuple[Shape, ...] = ()
+    assumed: list[str] = []
+    with collect:
+        if not outer:
+            shapes, assumed = settle_shapes(search["params"], search["tolerance"], stated, like)
+        else:
+            collect.problems += [p for p in check_shape(replace(asked, vocab_size=1, block_size=1)) if stated]
+    if target is not None and shapes:
+        with collect:
+            grid = _grid(target, search, shapes)
+    if collect.problems or target is None:
+        raise collect.error()
+    plans = make_plan(
+        grid, target.gpu, target.budget, max_risk=search["max_risk"], top=search["top"],
         fastest_shape=search["shape_rule"] == "fastest", target_parameters=search["params"],
         token_budget=search["token_budget"],
     )  # fmt: skip
+    return target, assumed, plans
 
 
 def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> Grid:
@@ -155,7 +181,10 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
         device=target.device,
         workload=search["workload"],
     )
-    problems = [p for mode in list(grid.modes())[:1] for p in check_step(mode)]
+    problems = check_step(next(grid.modes()))
+    with (collect := Collector(problems)):
+        _ = grid.batches
+    problems = collect.problems
     if target.device == "cpu" and True in grid.compiles:
         problems.append(Problem("--compile", "on", "is not modelled on a CPU", "leave it out"))
     if problems:
@@ -165,14 +194,6 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
 
 def _pinned(choice: str, every: tuple[Any, ...]) -> tuple[Any, ...]:
     return every if choice == "auto" else (choice,)
-
-
-def _illegal_shape(target: Target, search: dict[str, Any], like: Shape) -> Problem:
-    asked = Shape(
-        n_layer=search["n_layer"] or 12, n_head=search["n_head"], n_embd=search["n_embd"], vocab_size=like.vocab_size,
-        block_size=like.block_size, bias=like.bias, tied=like.tied,
-    )  # fmt: skip
-    return price_illegal(asked, lambda s: _grid(target, search, (s,)), target.gpu, target.budget, search["max_risk"])
 
 
 # -------------------------------------------------------------------- apply
@@ -195,14 +216,23 @@ def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps:
     data, configs = read_plans(plan_file)
     if rank > len(configs):
         raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {plan_file}"))
+    if output is not None and output.exists() and output.samefile(plan_file):
+        raise ConfigError(Problem("--output", str(output), "is the plan file itself", "name another file"))
     shape, step = configs[rank - 1]
-    text = nanogpt_config(data, shape, step) if form == "nanogpt" else run_config(data, rank, max_steps).to_toml()
+    if form == "nanogpt":
+        text = nanogpt_config(data, shape, step, max_steps)
+    else:
+        text = run_config(data, rank, max_steps).to_toml()
     if output is None:
         click.echo(text, nl=False)
     else:
         write_text(output, text, "--output")
-        ours = ("vramplan", "train", output, "--data", "FILE.parquet", "--out", "RUN")
-        click.echo(f"Wrote {output}. Next: {command(*(ours if form == 'toml' else ('python', 'train.py', output)))}")
+        follow: tuple[object, ...] = ("vramplan", "train", output, "--data", "FILE.parquet", "--out", "RUN")
+        if form == "nanogpt":
+            follow = ("python", "train.py", output)
+        elif step.workload != "vramplan":
+            follow = ("vramplan", "estimate", output)  # another script's memory; our trainer would refuse it
+        click.echo(f"Wrote {output}. Next: {command(*follow)}")
 
 
 def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
@@ -237,15 +267,22 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     vramplan estimate run.toml --gpu 4070
     vramplan estimate --n-layer 12 --n-head 12 --n-embd 768 --batch-size 16 --workload nanogpt --compile
     """
-    device = "cpu" if given["gpu"] == "cpu" else "cuda"
-    shape, step = _configuration(ctx, config, given, device)
-    target = None
+    collect, target = Collector(), None
+    for name in ("reserve", "headless"):
+        if given[name] is not None and given[name] is not False and given["gpu"] is None and given["vram"] is None:
+            rule = "means nothing without a card"
+            collect.problems.append(Problem(f"--{name}", "missing", rule, "add --gpu or --vram"))
     if given["gpu"] is not None or given["vram"] is not None:
-        target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
-    elif given["reserve"] is not None or given["headless"]:
-        raise ConfigError(Problem("--reserve", "given", "means nothing without a card", "add --gpu or --vram"))
+        with collect:
+            target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
+    with collect:
+        shape, step = _configuration(ctx, config, given, "cpu" if is_cpu(given["gpu"]) else "cuda")
+    collect.finish()
     if step.device == "cpu" and step.compile:
         raise ConfigError(Problem("--compile", "on", "is not planned for a CPU", "leave it out"))
+    if step.loss == "full" and given["loss_chunk_tokens"] is not None:
+        rule = "means nothing with the full loss"
+        raise ConfigError(Problem("--loss-chunk-tokens", given["loss_chunk_tokens"], rule, "leave it out"))
     gpu = target.gpu if target else None
     full = estimate_memory(shape, step, gpu)
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None

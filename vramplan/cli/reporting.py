@@ -28,11 +28,13 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **ca
     from ..report.risk import build_report, print_report
 
     shape, step, planned, measured = _read(subject, rank)
-    if any(card[name] for name in ("gpu", "vram", "reserve", "headless")) or (
-        step.device == "cpu" and not planned.get("budget_bytes")
-    ):
+    asked = card["headless"] or any(card[name] is not None for name in ("gpu", "vram", "reserve"))
+    if asked or (step.device == "cpu" and not planned.get("budget_bytes")):
         name = card["gpu"] or planned.get("gpu") or ("cpu" if step.device == "cpu" else None)
-        target = resolve_target(name, card["vram"], card["reserve"], card["headless"])
+        size = card["vram"]
+        if card["gpu"] is None and size is None:
+            size = planned.get("total_bytes")  # the plan's own card or size; only what is kept back changes
+        target = resolve_target(name, size, card["reserve"], card["headless"])
         if target.device != step.device:
             remedy = "plan again for that device"
             raise ConfigError(Problem("--gpu", name, f"does not run a configuration made for {step.device}", remedy))

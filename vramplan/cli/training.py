@@ -14,7 +14,7 @@ from ..planner.memory import estimate
 from ..planner.plan import refit
 from ..planner.risk import needed_bytes
 from ..runconfig import RunConfig
-from ..units import gib
+from ..units import gib, gib_needed
 from .options import DEFAULT_MAX_RISK
 
 
@@ -114,7 +114,7 @@ def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool) -> 
         return config
     max_risk = config.plan.max_risk or DEFAULT_MAX_RISK
     need = int(needed_bytes(estimate(shape, step, card).process_bytes, step, max_risk))
-    words = f"The plan needs at least {gib(need)} free, but only {gib(free)} is free now{holders}."
+    words = f"The plan needs at least {gib_needed(need)} free, but only {gib(free)} is free now{holders}."
     try:
         plans = refit(shape, step, card, free, max_risk)
     except DoesNotFitError as error:
@@ -124,7 +124,7 @@ def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool) -> 
     best = plans.plans[0]
     better = (
         f"batch_size={best.step.batch_size} x grad_accum={best.step.grad_accum}, {best.step.loss} loss, "
-        f"checkpointing={best.step.checkpointing} needs at least {gib(best.needs_bytes)}"
+        f"checkpointing={best.step.checkpointing} needs at least {gib_needed(best.needs_bytes)}"
     )
     if not replan:
         raise DoesNotFitError(f"{words}\nThe best plan that fits: {better}. Take it with --replan, or free memory.")

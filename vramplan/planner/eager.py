@@ -102,7 +102,7 @@ class EagerStep(LossRows):
         self._weight_copy("attn.qkv", 3 * self.h, self.h, kept)
         kept["qkv"] = t.new("attn.qkv output", "activations", 3 * e * hN)
         self._drop_bias_copy("attn.qkv", saved)
-        self._free_norm_output("ln_1")
+        t.free(self._full_norm)
         kept |= self._attention_forward()
         self._weight_copy("attn.proj", self.h, self.h, kept)
         branch = t.new("attn.proj output", "activations", e * hN)
@@ -113,7 +113,7 @@ class EagerStep(LossRows):
         self._weight_copy("mlp.fc", 4 * self.h, self.h, kept)
         kept["fc"] = t.new("mlp.fc output", "activations", 4 * e * hN)
         self._drop_bias_copy("mlp.fc", saved)
-        self._free_norm_output("ln_2")
+        t.free(self._full_norm)
         kept["gelu"] = t.new("gelu output", "activations", 4 * e * hN)
         self._weight_copy("mlp.proj", self.h, 4 * self.h, kept)
         return saved
@@ -158,9 +158,6 @@ class EagerStep(LossRows):
         if self._full_norm is not None:
             kept[name] = t.new(f"{name} output", "activations", self.e * self.h * self.N)
         return Saved(kept)
-
-    def _free_norm_output(self, name: str) -> None:
-        self.tape.free(self._full_norm)
 
     def _norm_transient(self, name: str) -> Row:
         rows = self._norm_forward(name)

@@ -126,8 +126,9 @@ def float32_flops(gpu: Gpu) -> float:
 def kept_by_driver(total_bytes: int) -> int:
     """Bytes of nvidia-smi's total that torch never sees on Linux, where nobody measured it: 380 MiB + 0.5 %.
 
-    Within 63 MiB of every figure seen with a CUDA 12.8 driver (in MiB: RTX 2080 414, 3060 378, 4060 375, 4090 487,
-    5070 464, 5080 463, 5090 494, T4 447, L4 471, A100 40GB 583); drivers before 2024 kept about 150 MiB less.
+    Within 63 MiB of these, seen with CUDA 12.8 drivers (in MiB): RTX 2080 414, 3060 378, 4060 375, 4090 487, 5070 464,
+    5080 463, 5090 494, T4 447, L4 471, A100 40GB 583. Drivers before 2024 kept about 150 MiB less, and a B200 keeps
+    570 MiB less than the rule says; what was seen of a card is in gpus.toml and wins.
     """
     return 380 * MIB + total_bytes // 200
 
@@ -171,7 +172,7 @@ _REWRITES = (
 )
 _SHORT = {"s": {"super"}, "ts": {"ti", "super"}, "tis": {"ti", "super"}}
 _NOISE = frozenset({
-    "nvidia", "geforce", "quadro", "tesla", "rtx", "gpu", "graphics", "card",
+    "nvidia", "geforce", "tesla", "rtx", "gpu", "graphics", "card",
     "generation", "design", "with", "edition", "founders", "workstation",
 })  # fmt: skip
 _FORM_FACTORS = frozenset({"sxm", "pcie"})
@@ -203,7 +204,7 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
     for wanted in (words, long_form):
         fits = [gpu for gpu in load_gpus() if wanted in (known := _words(gpu.name)[0], known - _FORM_FACTORS)]
         if size is not None:
-            fits = [gpu for gpu in fits if abs(gpu.total_bytes / GIB / size - 1) <= _SIZE_TOLERANCE]
+            fits = [gpu for gpu in fits if _is_size(gpu, size)]
         if fits and total_bytes is not None:
             live = total_bytes
             return min(fits, key=lambda gpu: abs(gpu.total_bytes - live))
@@ -212,14 +213,33 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
     squashed = [gpu for gpu in load_gpus() if _plain(gpu.name) == _plain(name)]
     if squashed:
         return squashed[0]
-    near = _nearest(name)
-    remedy = f"nearest: {', '.join(near)}; see `vramplan gpus`" if near else "see `vramplan gpus`"
-    raise ConfigError(Problem("gpu", name, "is not in the catalogue", remedy))
+    bare = [number for number in words if size is None and number.isdigit() and len(words) > 1]
+    for number in bare:  # "a100 80": the size without its unit
+        fits = [gpu for gpu in _containing(words - {number}) if _is_size(gpu, float(number))]
+        if fits:
+            return fits[0]
+    more = [gpu for gpu in _containing(long_form) if not gpu.laptop and (size is None or _is_size(gpu, size))]
+    if len(more) == 1:  # "pro 6000"
+        return more[0]
+    names = [gpu.name for gpu in _containing(long_form)][:6] or _similar(name)
+    rule = "may mean several cards" if more else "is not in the catalogue"
+    raise ConfigError(Problem("gpu", name, rule, f"nearest: {', '.join(names)}; see `vramplan gpus`"))
 
 
-def _nearest(name: str) -> list[str]:
+def _containing(words: frozenset[str]) -> list[Gpu]:
+    """Cards whose name has all these words and perhaps more."""
+    if not any(word.isdigit() for word in words):
+        return []
+    return [gpu for gpu in load_gpus() if words <= _words(gpu.name)[0]]
+
+
+def _is_size(gpu: Gpu, gibibytes: float) -> bool:
+    return abs(gpu.total_bytes / GIB / gibibytes - 1) <= _SIZE_TOLERANCE
+
+
+def _similar(name: str) -> list[str]:
     known = {_plain(gpu.name): gpu.name for gpu in load_gpus()}
-    return [known[near] for near in difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.3)]
+    return [known[near] for near in difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.0)]
 
 
 def _plain(name: str) -> str:
@@ -258,6 +278,8 @@ def budget(
     notes: list[str] = []
     if vram_bytes is not None:
         total, default_reserve = vram_bytes, 0
+        if gpu is not None and total > gpu.total_bytes:
+            notes.append(f"{gib(total)} is more than the {gpu.name} has: {gib(gpu.usable_bytes)} can be used of it.")
         if reserve_bytes is None:
             notes.append(f"All {gib(total)} given with --vram taken as available; --reserve keeps some back.")
     elif free_bytes is not None:

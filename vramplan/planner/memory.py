@@ -14,7 +14,7 @@ from .allocator import replay
 from .compiled import CompiledStep
 from .eager import EagerStep
 from .gpu import Gpu
-from .shape import Ints, Shape
+from .shape import MAX_FUSED_HEAD_DIM, Ints, Shape
 from .step import DeviceKind, StepConfig
 from .tape import CATEGORIES, Change, Tape, peak, unroll
 
@@ -92,6 +92,14 @@ class Estimate:
         """Phase in which the peak occurs."""
         return self.changes[self.peak_index].phase
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why this configuration lies outside what the tensor table knows; empty when it does not."""
+        if self.shape.head_dim > MAX_FUSED_HEAD_DIM:
+            why = f"head_dim {self.shape.head_dim} is beyond the {MAX_FUSED_HEAD_DIM} that fused attention handles"
+            return (f"Outside the model: {why}; the scores it would then hold are not counted.",)
+        return ()
+
     @cached_property
     def alive_at_peak(self) -> tuple[TensorBytes, ...]:
         """Tensors alive at the peak, equals of one name added up, largest first."""
@@ -145,6 +153,7 @@ class Estimate:
             "breakdown": self.breakdown,
             "phase_peaks": self.phase_peaks,
             "parameters": int(self.shape.parameters),
+            "caveats": list(self.caveats),
         }
 
 

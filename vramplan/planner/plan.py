@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DoesNotFitError, Problem
-from ..units import MIB, count, gib
+from ..units import MIB, count, gib, gib_needed
 from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
 from .risk import LARGEST_RISK, OomRisk, needed_bytes, oom_risk
@@ -25,7 +26,7 @@ from .shape import (
     legal_neighbours,
     published_name,
 )
-from .speed import matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
+from .speed import flops_per_token, matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
 from .step import CHOICES, StepConfig, check_step, tokens_per_step
 
 SCHEMA = 1
@@ -126,17 +127,17 @@ def make_plan(
     own = ranked if fastest_shape else ranked.of(grid.shapes[0])
     fits = confirm(own, gpu, budget.budget_bytes, max_risk, top)
     if not fits:
-        raise DoesNotFitError(_nothing_fits(grid, gpu, budget.budget_bytes, max_risk))
+        raise DoesNotFitError(_nothing_fits(grid, ranked, gpu, budget.budget_bytes, max_risk))
     plans: list[Plan] = []
     for fit in fits:
         plan = price_plan(len(plans) + 1, fit.estimate, gpu, budget.budget_bytes, max_risk)
-        reason = compare(plan, plans[0]) if plans else _why_best(plan, gpu, len(own), grid.size())
+        reason = compare(plan, plans[0], gpu) if plans else _why_best(plan, gpu, len(ranked.of(plan.shape)), grid)
         plans.append(replace(plan, reason=reason))
     others: list[Plan] = []
     for shape in [s for s in grid.shapes if s != plans[0].shape][:6]:
         for fit in confirm(ranked.of(shape), gpu, budget.budget_bytes, max_risk, 1):
             plan = price_plan(len(others) + 1, fit.estimate, gpu, budget.budget_bytes, max_risk)
-            others.append(replace(plan, reason=compare(plan, plans[0])))
+            others.append(replace(plan, reason=compare(plan, plans[0], gpu)))
     return PlanSet(
         plans=tuple(plans),
         alternatives=tuple(others),
@@ -147,7 +148,7 @@ def make_plan(
         seconds=time.perf_counter() - started,
         target_parameters=target_parameters,
         token_budget=token_budget or 20 * int(plans[0].shape.parameters),
-        notes=tuple(_shape_notes(plans[0].shape, target_parameters)),
+        notes=tuple(_notes(plans[0], target_parameters)),
     )
 
 
@@ -169,9 +170,11 @@ FAR_FROM_TARGET = 0.10
 """A model this far (fraction) from the size asked for is worth a warning."""
 
 
-def _shape_notes(shape: Shape, target: int | None) -> list[str]:
-    """What a user should know about the shape before a day of training."""
-    notes = []
+def _notes(plan: Plan, target: int | None) -> list[str]:
+    """What a user should know about the plan before a day of training."""
+    shape, notes = plan.shape, list(plan.estimate.caveats)
+    if plan.step.optimizer == "adamw8bit":
+        notes.append('adamw8bit rounds the optimizer states to 8 bits and needs: pip install "vramplan[8bit]".')
     if target is not None and abs(shape.parameters / target - 1) > FAR_FROM_TARGET:
         notes.append(f"{shape.label} has {count(shape.parameters)} parameters, far from the {count(target)} asked for.")
     if not conventional(shape):
@@ -194,15 +197,20 @@ def price_plan(
         tokens_per_second=rate,
         mfu=float(mfu(full.shape, rate, gpu, matmul_dtype(full.step, gpu))) if gpu is not None and rate else None,
         oom_risk=oom_risk(full.process_bytes, budget_bytes, full.step),
-        needs_bytes=int(needed_bytes(full.process_bytes, full.step, max_risk)),
+        needs_bytes=math.ceil(needed_bytes(full.process_bytes, full.step, max_risk)),
         reason=reason,
     )
 
 
-def _why_best(plan: Plan, gpu: Gpu | None, fitting: int, considered: int) -> str:
+def _why_best(plan: Plan, gpu: Gpu | None, fitting: int, grid: Grid) -> str:
     goal = "fastest" if plan.tokens_per_second else "fewest FLOPs"
-    limit = " without a cost in numerics" if quality_price(plan.step, gpu) == 0 else ""
-    return f"{goal}{limit}; {fitting:,} ways to run this shape fit, {considered:,} configurations considered"
+    price = quality_price(plan.step, gpu)
+    if price == 0:
+        goal += " without a cost in numerics"
+    elif any(quality_price(mode, gpu) < price for mode in grid.modes()):
+        goal += " of those that fit: none does without this cost in numerics"
+    ways = f"{fitting:,} ways to run this shape fit, before the allocator's slack"
+    return f"{goal}; {ways}; {grid.size():,} configurations considered"
 
 
 def differences(step: StepConfig, other: StepConfig) -> list[str]:
@@ -225,7 +233,7 @@ def differences(step: StepConfig, other: StepConfig) -> list[str]:
     return words
 
 
-def compare(plan: Plan, best: Plan) -> str:
+def compare(plan: Plan, best: Plan, gpu: Gpu | None) -> str:
     """One line: how ``plan`` differs from ``best``, what it costs and what it saves."""
     words = differences(plan.step, best.step)
     if plan.shape != best.shape:
@@ -235,22 +243,30 @@ def compare(plan: Plan, best: Plan) -> str:
     if plan.tokens_per_second and best.tokens_per_second:
         change = plan.tokens_per_second / best.tokens_per_second - 1
         verdict.append(f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}")
+    else:
+        change = flops_per_token(plan.shape, plan.step) / flops_per_token(best.shape, best.step) - 1
+        verdict.append(f"{abs(change):.1%} {'more' if change > 0 else 'fewer'} FLOPs" if change else "the same FLOPs")
+    if quality_price(plan.step, gpu) > quality_price(best.step, gpu):
+        verdict.append("a cost in numerics")
     saved = best.estimate.process_bytes - plan.estimate.process_bytes
     size = f"{gib(abs(saved))} {'less' if saved > 0 else 'more'}" if abs(saved) >= MIB else "the same"
     verdict.append(f"{size} memory")
     return f"{', '.join(verdict)}: {'; '.join(words) or 'the same settings'}"
 
 
-def _nothing_fits(grid: Grid, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> str:
+def _nothing_fits(grid: Grid, ranked: Ranking, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> str:
     shape = grid.shapes[0]
     smallest = _least_memory(rank(replace(grid, shapes=(shape,)), gpu, None, max_risk), gpu, max_risk)
     need, step = smallest
     lines = [
         f"No configuration of {shape.label} ({count(shape.parameters)} parameters) fits {gib(budget_bytes)}.",
-        f"The smallest needs at least {gib(need)} free: batch_size={step.batch_size} x grad_accum={step.grad_accum}, "
-        f"{step.dtype}, {'compiled' if step.compile else 'eager'}, {step.loss} loss, "
+        f"The smallest needs at least {gib_needed(need)} free: batch_size={step.batch_size} x "
+        f"grad_accum={step.grad_accum}, {step.dtype}, {'compiled' if step.compile else 'eager'}, {step.loss} loss, "
         f"checkpointing={step.checkpointing}, {step.optimizer}.",
     ]
+    for other in grid.shapes[1:]:
+        if confirm(ranked.of(other), gpu, budget_bytes, max_risk, 1):
+            return "\n".join([*lines, f"Also near the target, {other.label} ({count(other.parameters)}) fits."])
     for published in sorted(PUBLISHED, key=lambda p: -p.n_layer * p.n_embd**2):
         other = replace(shape, n_layer=published.n_layer, n_head=published.n_head, n_embd=published.n_embd)
         if other.parameters < shape.parameters:
@@ -268,7 +284,7 @@ def _least_memory(ranked: Ranking, gpu: Gpu | None, max_risk: float) -> tuple[in
         for c in ranked.least_memory(20)
     ]
     need, step = min(priced, key=lambda p: p[0])
-    return int(need), step
+    return math.ceil(need), step
 
 
 # -------------------------------------------------------------------- reading a plan back
@@ -282,6 +298,8 @@ _TOP: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "budget_bytes": (int, lambda v: v > 0, "must be positive"),
     "max_risk": (float, lambda v: 0 < v <= LARGEST_RISK, f"must lie between 0 and {LARGEST_RISK}"),
     "token_budget": (int, lambda v: v > 0, "must be positive"),
+    "total_bytes": (int, lambda v: v > 0, "must be positive"),
+    "target_parameters": ((int, type(None)), lambda v: v is None or v > 0, "must be positive"),
 }
 _FIELD_TYPES = {"bias": bool, "tied": bool, "compile": bool} | dict.fromkeys(CHOICES, str)
 
@@ -328,11 +346,12 @@ def _entry_problems(entry: Any, where: str) -> list[Problem]:
         if type(value) is not kind:
             problems.append(Problem(f"{where}.config.{name}", value, f"must be of type {kind.__name__}"))
     for name in ("process_bytes", "peak_allocated_bytes"):
-        if type(figures.get(name)) is not int:
+        value = figures.get(name)
+        if type(value) is not int or value < 1:
             problems.append(Problem(f"{where}.estimate.{name}", figures.get(name), "must be a number of bytes"))
     for name in ("tokens_per_second", "oom_risk"):
-        if not isinstance(entry.get(name), (int, float, type(None))):
-            problems.append(Problem(f"{where}.{name}", entry.get(name), "must be a number"))
+        if name not in entry or not isinstance(entry[name], (int, float, type(None))):
+            problems.append(Problem(f"{where}.{name}", entry.get(name, "missing"), "must be a number or null"))
     if not problems:
         shape, step = restore(entry)
         problems = [replace(p, field=f"{where}.config.{p.field}") for p in (*check_shape(shape), *check_step(step))]

@@ -19,13 +19,16 @@ from .gpu import Gpu
 from .memory import Estimate, context_bytes, estimate, peak_allocated
 from .risk import needed_bytes
 from .shape import Shape, divisors
-from .speed import tokens_per_second
+from .speed import flops_per_token, tokens_per_second
 from .step import Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
 
 Numbers = Any  # numpy arrays
 
 LARGEST_STEP = 2**30
 """Tokens per step beyond which a value is taken for a slip."""
+
+BUSY_TOKENS = 8192
+"""Where no speed is known: tokens of a micro-batch from which on a larger one is taken to gain nothing."""
 
 LOSS_CHUNKS = (512, 1024, 2048, 4096)
 """Tokens per slice that the search tries."""
@@ -136,7 +139,7 @@ class Ranking:
 def quality_price(step: StepConfig, gpu: Gpu | None) -> int:
     """How much the settings cost in numerics: 1 for float16 where bfloat16 exists, 2 for 8-bit optimizer states."""
     price = 2 if step.optimizer == "adamw8bit" else 0
-    return price + (1 if step.dtype == "float16" and gpu is not None and gpu.supports_bf16 else 0)
+    return price + (1 if step.dtype == "float16" and (gpu is None or gpu.supports_bf16) else 0)
 
 
 def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, Numbers]]:
@@ -167,7 +170,8 @@ def _stack(shapes: tuple[Shape, ...], index: Any) -> Shape:
 def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float) -> Ranking:
     """All candidates whose allocated bytes leave the risk within ``max_risk``, best first (all when no budget).
 
-    Order: quality price, then tokens/s (on a CPU: recomputed FLOPs, then fewer micro-steps), then less memory.
+    Order: quality price, then tokens/s, then less memory. Where no card says how fast it is, on a CPU or with only a
+    size given: quality price, fewest FLOPs, half precision, compiled, micro-batches up to BUSY_TOKENS, less memory.
     """
     context = context_bytes(gpu, grid.device)
     modes: list[StepConfig] = []
@@ -184,23 +188,18 @@ def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float)
             loss_chunk_tokens=step.loss_chunk_tokens[keep],
         )
         shape = _stack(grid.shapes, index)
-        rate = tokens_per_second(shape, kept, gpu) if gpu is not None else -_cpu_flops(shape, kept).astype(float)
+        rate = tokens_per_second(shape, kept, gpu) if gpu is not None else -flops_per_token(shape, kept).astype(float)
         sizes = (kept.batch_size, kept.grad_accum, kept.loss_chunk_tokens, allocated[keep], rate)
         columns.append(np.array([index, np.full(index.shape, len(modes)), *sizes], dtype=float))
         qualities.append(np.full(index.shape, quality_price(step, gpu)))
         modes.append(step)
     table = np.concatenate(columns, axis=1)
-    micro_steps = table[3] if gpu is None else np.zeros(table.shape[1])
-    order = np.lexsort((table[5], micro_steps, -table[6], np.concatenate(qualities)))
+    keys = [np.concatenate(qualities), -table[6]]
+    if gpu is None:
+        slower = np.array([(not mode.half, not mode.compile) for mode in modes])[table[1].astype(int)]
+        keys += [*slower.T, -np.minimum(table[2] * grid.shapes[0].block_size, BUSY_TOKENS)]
+    order = np.lexsort((table[5], *reversed(keys)))
     return Ranking(grid.shapes, tuple(modes), table[:, order], gpu is not None)
-
-
-def _cpu_flops(shape: Shape, step: StepConfig) -> Any:
-    """FLOPs per token: six per matmul parameter, attention, and the blocks once more under checkpointing."""
-    flops = 6 * shape.matmul_parameters + 12 * shape.n_layer * shape.n_embd * shape.block_size
-    if step.checkpointing == "block":
-        flops += 2 * 12 * shape.n_layer * shape.n_embd**2 + 4 * shape.n_layer * shape.n_embd * shape.block_size
-    return flops
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import Problem
+from ..errors import ConfigError, Problem
+from ..units import count
 
 Ints = Any  # an int, or a numpy integer array: the formulas below do not care
 
@@ -255,3 +256,57 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
         return (unusual, math.floor(distance / TIE), published_name(s) is None, distance, s.head_dim != 64)
 
     return sorted(found.values(), key=key)
+
+
+def settle_shapes(
+    params: int | None, tolerance: float, stated: dict[str, int], like: Shape
+) -> tuple[tuple[Shape, ...], list[str]]:
+    """The shape that is meant first, then every other one of usual proportions near the target; and what was assumed.
+
+    ``stated`` holds those of n_layer, n_head and n_embd that were given; ``like`` vocabulary, block size, biases and
+    tying. With ``params`` (and not all three stated) the candidates are all conventional shapes within ``tolerance``,
+    or all legal ones where none is conventional. Raises ConfigError when the request is not clear or cannot be met.
+    """
+    if params is None and not stated:
+        raise ConfigError(
+            Problem("--params", "missing", "is required", "give --params 125M, or --n-layer, --n-head, --n-embd")
+        )
+    shape, assumed = _completed(like, stated)
+    if params is None or len(stated) == 3:
+        problems = check_shape(shape)
+        if problems:
+            raise ConfigError(problems)
+        return (shape,), assumed
+    wrong = [p for p in check_shape(shape) if p.field in stated]
+    if wrong:
+        raise ConfigError(wrong)
+
+    def near(width: float) -> list[Shape]:
+        return [s for s in candidates_near(params, width, like) if all(getattr(s, n) == v for n, v in stated.items())]
+
+    found = near(tolerance)
+    if found:
+        return tuple([s for s in found if conventional(s)] or found), []
+    closest = sorted(near(0.9), key=lambda s: abs(s.parameters - params))[:3]
+    remedy = "nearest: " + "; ".join(f"{s.label} with {count(s.parameters)}" for s in closest)
+    if not closest:
+        remedy = "give --n-layer, --n-head and --n-embd"
+        if not stated:
+            least = (like.vocab_size + like.block_size) * 64
+            remedy += f", or a smaller --vocab-size (embeddings 64 wide alone take {count(least)})"
+    beside = "".join(f", {name}={value}" for name, value in stated.items())
+    raise ConfigError(Problem("--params", count(params), f"has no usual shape within {tolerance:.3g}{beside}", remedy))
+
+
+def _completed(like: Shape, stated: dict[str, int]) -> tuple[Shape, list[str]]:
+    """Fill in what was not stated: 12 layers, heads about 64 wide that divide the width."""
+    n_embd = stated.get("n_embd", 64 * stated.get("n_head", 12))
+    n_head = stated.get("n_head", 0)
+    if "n_head" not in stated:
+        heads = divisors(n_embd) if 0 < n_embd <= LARGEST["n_embd"] else (1,)
+        n_head = min(heads, key=lambda k: abs(math.log(n_embd / k / 64)) if n_embd > 0 else 0)
+    filled = {"n_layer": stated.get("n_layer", 12), "n_head": n_head, "n_embd": n_embd}
+    missing = [f"{name} {value}" for name, value in filled.items() if name not in stated]
+    return replace(like, n_layer=filled["n_layer"], n_head=n_head, n_embd=n_embd), [
+        f"Not given, so assumed: {', '.join(missing)}."
+    ] if missing else []

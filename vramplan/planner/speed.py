@@ -226,6 +226,12 @@ def _matmul_flops_per_token(shape: Shape, step: StepConfig) -> Numbers:
     return flops
 
 
+def flops_per_token(shape: Shape, step: StepConfig) -> Numbers:
+    """FLOPs that a token costs in a training step: products, causal attention, and what checkpointing repeats."""
+    passes = FORWARD_ATTENTION_FLOPS * (2 if step.checkpointing == "block" else 1) + BACKWARD_ATTENTION_FLOPS
+    return _matmul_flops_per_token(shape, step) + passes * shape.n_layer * shape.n_embd * shape.block_size // 2
+
+
 def _attention_seconds_per_token(shape: Shape, step: StepConfig, gpu: Gpu, peak: float) -> Numbers:
     """Seconds at peak rate: causal scores (half of T per token and head), on tensor cores and in the softmax."""
     templates = np.asarray(HEAD_DIM_TEMPLATES)

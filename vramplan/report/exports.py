@@ -8,7 +8,7 @@ from .. import __version__
 from ..planner.plan import PlanSet, nanogpt_plan, restore
 from ..planner.shape import PADDED_GPT2_VOCAB, Shape
 from ..planner.step import StepConfig, tokens_per_step
-from ..runconfig import RunConfig, suggested_training
+from ..runconfig import RunConfig, TrainSection, suggested_training
 from ..units import count, gib
 
 
@@ -38,6 +38,7 @@ def _plan_section(data: dict[str, Any], rank: int) -> dict[str, Any]:
     entry = data["plans"][rank - 1]
     section = {
         "gpu": data["gpu"],
+        "total_bytes": data["total_bytes"],
         "budget_bytes": data["budget_bytes"],
         "process_bytes": entry["estimate"]["process_bytes"],
         "peak_allocated_bytes": entry["estimate"]["peak_allocated_bytes"],
@@ -50,15 +51,15 @@ def _plan_section(data: dict[str, Any], rank: int) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value is not None}
 
 
-def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig) -> str:
+def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig, max_steps: int | None = None) -> str:
     """Text of a file that nanoGPT's configurator executes: plain assignments of its own names.
 
     nanoGPT takes the vocabulary from the data set's meta.pkl, else 50304; another one is said in a comment.
     """
     plan = nanogpt_plan(data, shape, step)
-    sequences = int(tokens_per_step(shape, step))
-    training = suggested_training(int(shape.parameters), sequences, data["token_budget"], None)
-    steps = -(-data["token_budget"] // sequences)
+    tokens = int(tokens_per_step(shape, step))
+    training = TrainSection(**suggested_training(int(shape.parameters), tokens, data["token_budget"], max_steps))
+    steps = max_steps or -(-data["token_budget"] // tokens)
     where = data["gpu"] or "this machine"
     lines = [
         f"# {plan.shape.label}, {count(plan.shape.parameters)} parameters.",
@@ -80,15 +81,15 @@ def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig) -> str:
         "n_embd": shape.n_embd,
         "dropout": 0.0,
         "bias": shape.bias,
-        "learning_rate": training["learning_rate"],
-        "min_lr": training["min_learning_rate"],
-        "warmup_iters": training["warmup_steps"],
+        "learning_rate": training.learning_rate,
+        "min_lr": training.min_learning_rate,
+        "warmup_iters": training.warmup_steps,
         "max_iters": steps,
         "lr_decay_iters": steps,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "grad_clip": 1.0,
+        "weight_decay": training.weight_decay,
+        "beta1": training.beta1,
+        "beta2": training.beta2,
+        "grad_clip": training.grad_clip,
         "dtype": plan.step.dtype,
         "compile": plan.step.compile,
         "device": plan.step.device,

@@ -15,7 +15,7 @@ from ..planner.memory import Estimate
 from ..planner.plan import Plan, PlanSet
 from ..planner.shape import published_name
 from ..planner.step import tokens_per_step
-from ..units import count, duration, gib
+from ..units import count, duration, gib, gib_needed
 from .console import console
 
 BREAKDOWN = (
@@ -34,7 +34,7 @@ def percent(probability: float) -> str:
     """A risk as people read it: ``< 0.01 %``, ``0.4 %``, ``37 %``."""
     if probability < 1e-4:
         return "< 0.01 %"
-    return f"{probability * 100:.2f} %" if probability < 0.1 else f"{probability:.0%}"
+    return f"{probability * 100:.2f} %" if probability < 0.1 else f"{probability * 100:.0f} %"
 
 
 def sentence(plan: Plan) -> str:
@@ -52,10 +52,11 @@ def sentence(plan: Plan) -> str:
             step.optimizer,
         ]
     )
+    whose = "" if step.workload == "vramplan" else f", memory of the {step.workload} workload"
     return (
-        f"{shape.label}{f' ({name})' if name else ''}, {shape.parameters / 1e6:.1f}M parameters, head_dim "
+        f"{shape.label}{f' ({name})' if name else ''}, {count(shape.parameters)} parameters, head_dim "
         f"{shape.head_dim}: batch_size {step.batch_size} x grad_accum {step.grad_accum} x block_size "
-        f"{shape.block_size} = {total:,} tokens per step; {how}."
+        f"{shape.block_size} = {total:,} tokens per step; {how}{whose}."
     )
 
 
@@ -66,7 +67,8 @@ def print_plans(
     """The recommended plan, its memory, what to expect, what lost against it, and unless it ``goes_on`` what to do."""
     out = out or console()
     best = plans.plans[0]
-    where = plans.gpu.name if plans.gpu else "this machine's memory"
+    on_cpu = best.step.device == "cpu"
+    where = plans.gpu.name if plans.gpu else "this machine's memory" if on_cpu else "a GPU of this size"
     kept = (
         f" ({gib(plans.budget.total_bytes)} less {gib(plans.budget.reserve_bytes)})"
         if plans.budget.reserve_bytes
@@ -91,18 +93,22 @@ def print_plans(
             out.print(f"  - {plan.reason}")
     if goes_on:
         return
-    apply = command("vramplan", "apply", saved_as or "plan.json", "-o", "run.toml")
     save = "" if saved_as else "add -o plan.json, then "
-    out.print(f"\nNext: {save}{apply} && vramplan train run.toml --data FILE.parquet --out RUN", markup=False)
+    apply = ("vramplan", "apply", saved_as or "plan.json")
+    follow = f"{command(*apply, '-o', 'run.toml')} && vramplan train run.toml --data FILE.parquet --out RUN"
+    if best.step.workload == "nanogpt":
+        follow = command(*apply, "--format", "nanogpt", "-o", "planned.py")
+    if best.step.workload == "autocast":
+        follow = command("vramplan", "report", saved_as or "plan.json")
+    out.print(f"\nNext: {save}{follow}", markup=False)
 
 
 def _print_expectations(out: Console, plan: Plan, plans: PlanSet) -> None:
     head = plans.budget.budget_bytes - plan.estimate.process_bytes
     out.print(f"  peak       {gib(plan.estimate.peak_allocated_bytes)} allocated, {gib(plan.estimate.process_bytes)} "
               f"for the process, during {plan.estimate.peak_phase}")  # fmt: skip
-    out.print(
-        f"  headroom   {gib(head)}; needs at least {gib(plan.needs_bytes)} free for {percent(plans.max_risk)} risk"
-    )
+    needs = f"needs at least {gib_needed(plan.needs_bytes)} free for {percent(plans.max_risk)} risk"
+    out.print(f"  headroom   {gib(head)}; {needs}")
     out.print(f"  OOM risk   {percent(plan.oom_risk.probability)} ({plan.oom_risk.reason})")
     if plan.tokens_per_second and plan.mfu is not None:
         out.print(f"  speed      {plan.tokens_per_second:,.0f} tokens/s expected, MFU {plan.mfu:.0%}")
@@ -110,7 +116,8 @@ def _print_expectations(out: Console, plan: Plan, plans: PlanSet) -> None:
         per = plans.token_budget / plan.shape.parameters
         out.print(f"  time       {duration(seconds)} for {count(plans.token_budget)} tokens ({per:.0f} per parameter)")
     else:
-        out.print("  speed      unknown for a CPU: ranked by FLOPs")
+        why = "for a CPU" if plan.step.device == "cpu" else "without a card's name (--gpu)"
+        out.print(f"  speed      unknown {why}: ranked by FLOPs")
 
 
 def breakdown_table(estimate: Estimate, budget_bytes: int | None) -> Table:
@@ -144,6 +151,8 @@ def print_estimate(
     out.print(f"[bold]{shape.label}[/], {shape.parameters:,} parameters, workload {estimate.step.workload}")
     for note in notes:
         out.print(f"  [dim]{escape(note)}[/]")
+    for note in estimate.caveats:
+        out.print(f"  [yellow]warning[/]: {note}")
     allocated, reserved = gib(estimate.peak_allocated_bytes), gib(estimate.peak_reserved_bytes)
     out.print(f"  peak       {allocated} allocated, {reserved} reserved, {gib(estimate.process_bytes)} for the process")
     out.print(f"  phase      {estimate.peak_phase}\n")
@@ -156,6 +165,6 @@ def print_estimate(
         verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
         out.print(f"  verdict    {verdict} {gib(budget.budget_bytes)}: OOM risk {percent(plan.oom_risk.probability)} "
                   f"({plan.oom_risk.reason})")  # fmt: skip
-        out.print(f"  needs      at least {gib(plan.needs_bytes)} free for {percent(max_risk)} risk")
+        out.print(f"  needs      at least {gib_needed(plan.needs_bytes)} free for {percent(max_risk)} risk")
         if plan.tokens_per_second and plan.mfu is not None:
             out.print(f"  speed      {plan.tokens_per_second:,.0f} tokens/s expected, MFU {plan.mfu:.0%}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..planner.memory import Estimate, estimate
 from ..planner.risk import OomRisk, needed_bytes, oom_risk
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
-from ..units import gib
+from ..units import gib, gib_needed
 from .console import console
 from .plans import breakdown_table, percent
 
@@ -87,7 +88,7 @@ def build_report(
         max_risk=max_risk,
         estimate=full,
         risk=oom_risk(full.process_bytes, budget_bytes, step),
-        needs_bytes=int(needed_bytes(full.process_bytes, step, max_risk)),
+        needs_bytes=math.ceil(needed_bytes(full.process_bytes, step, max_risk)),
         largest_batch=largest_batch(shape, step, gpu, budget_bytes, max_risk),
         levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk)),
         measured=measured or {},
@@ -103,9 +104,8 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, OOM risk "
               f"{percent(report.risk.probability)} (limit {percent(report.max_risk)}).")  # fmt: skip
     out.print(f"  [dim]{report.risk.reason}[/]")
-    out.print(
-        f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; needs at least {gib(report.needs_bytes)} free\n"
-    )
+    needs = f"needs at least {gib_needed(report.needs_bytes)} free"
+    out.print(f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; {needs}\n")
     out.print(breakdown_table(full, report.budget_bytes))
     top = full.alive_at_peak
     out.print(f"  The peak, {gib(full.peak_allocated_bytes)} allocated, comes during {full.peak_phase}. Largest then:")

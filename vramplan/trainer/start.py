@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, DataError, Problem, command
+from ..errors import Collector, ConfigError, DataError, Problem, command
 from ..planner.step import DeviceKind
 from ..runconfig import RunConfig
 from .data import check_data, default_folder, prepare
@@ -33,35 +33,23 @@ def torch_device(kind: DeviceKind, field: str) -> torch.device:
 
 def check_start(config: RunConfig, run_dir: Path, *, resume: bool, data: str | None) -> None:
     """Raise ConfigError with every problem that would stop this run later; changes nothing."""
-    problems: list[Problem] = []
-
-    def collect(error: ConfigError) -> None:
-        problems.extend(error.problems)
-
+    collect = Collector()
     if config.step.workload != "vramplan":
         rule = "is another script's memory, not this trainer's"
-        problems.append(Problem("step.workload", config.step.workload, rule, 'use workload = "vramplan"'))
-    try:
+        collect.problems.append(Problem("step.workload", config.step.workload, rule, 'use workload = "vramplan"'))
+    with collect:
         torch_device(config.step.device, "step.device")
-    except ConfigError as error:
-        collect(error)
     if config.step.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         remedy = 'pip install "vramplan[8bit]", or use adamw-fused'
-        problems.append(Problem("step.optimizer", "adamw8bit", "needs bitsandbytes", remedy))
-    run = RunDirectory(run_dir)
-    try:
-        run.check(config, resume=resume)
-    except ConfigError as error:
-        collect(error)
+        collect.problems.append(Problem("step.optimizer", "adamw8bit", "needs bitsandbytes", remedy))
+    with collect:
+        RunDirectory(run_dir).check(config, resume=resume)
     if data is None and not resume:
-        problems.append(Problem("--data", "missing", "is required", "name the Parquet files"))
+        collect.problems.append(Problem("--data", "missing", "is required", "name the Parquet files"))
     if data is not None:
-        try:
+        with collect:
             check_data(data, config.data.text_column, N_VOCAB, config.model.vocab_size)
-        except ConfigError as error:
-            collect(error)
-    if problems:
-        raise ConfigError(problems)
+    collect.finish()
 
 
 def open_shards(
