@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from vramplan.errors import DataError
 from vramplan.runconfig import DataSection
 from vramplan.trainer import data as module
-from vramplan.trainer.data import ShardSet, prepare
+from vramplan.trainer.data import ShardSet, default_folder, prepare
 from vramplan.trainer.events import PreparationProgress, PreparationStarted, Prepared
 from vramplan.trainer.shards import MANIFEST
 from vramplan.trainer.stream import permuted
@@ -207,16 +207,12 @@ def test_a_second_preparation_reuses_the_shards(tmp_path):
     assert first.manifest == second.manifest
 
 
-@pytest.mark.parametrize("change", ["source", "fraction", "damaged", "cut off", "manifest"])
-def test_anything_different_is_tokenised_again(tmp_path, change):
-    path, out, data, events = write(tmp_path / "a.parquet", documents(200)), tmp_path / "out", DATA, []
+@pytest.mark.parametrize("change", ["damaged", "cut off", "manifest"])
+def test_damaged_shards_are_made_again(tmp_path, change):
+    path, out, events = write(tmp_path / "a.parquet", documents(200)), tmp_path / "out", []
     shards = run(path, out)
     file = out / shards.manifest.shards[0].file
-    if change == "source":
-        write(path, documents(201))
-    elif change == "fraction":
-        data = DATA.model_copy(update={"validation_fraction": 0.2})
-    elif change == "damaged":
+    if change == "damaged":
         content = bytearray(file.read_bytes())
         content[100] ^= 1
         file.write_bytes(content)
@@ -224,11 +220,59 @@ def test_anything_different_is_tokenised_again(tmp_path, change):
         file.write_bytes(file.read_bytes()[:-2])
     else:
         (out / MANIFEST).write_text((out / MANIFEST).read_text()[:50])
-    again = run(path, out, data=data, events=events)
+    again = run(path, out, events=events)
     assert isinstance(events[0], PreparationStarted)
-    words = {"source": "other sources", "fraction": "other validation_fraction", "damaged": "sha256"}
-    assert words.get(change, "prepare the data again") in events[0].reason
+    assert ("sha256" if change == "damaged" else "prepare the data again") in events[0].reason
+    assert again.manifest == shards.manifest
     assert again.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("source", "other sources"), ("fraction", "other validation_fraction"), ("block", "a split is shorter than")],
+)
+def test_shards_made_for_another_purpose_are_never_replaced(tmp_path, change, words):
+    path, out, data, block_size = write(tmp_path / "a.parquet", documents(200)), tmp_path / "out", DATA, 16
+    shards = run(path, out)
+    if change == "source":
+        write(path, documents(201))
+    elif change == "fraction":
+        data = DATA.model_copy(update={"validation_fraction": 0.2})
+    else:
+        block_size = 900
+    with pytest.raises(DataError, match=rf"another purpose: {words}.*name another folder, or delete this one"):
+        run(path, out, data=data, block_size=block_size)
+    assert ShardSet.open(out).manifest == shards.manifest
+    assert shards.verify() == []
+
+
+def test_each_content_has_a_default_folder_of_its_own(tmp_path):
+    path, run_dir = write(tmp_path / "a.parquet", documents(200)), tmp_path / "runs" / "one"
+
+    def place(data=DATA, block_size=16):
+        return default_folder(str(path), run_dir, Letters(), data, block_size)
+
+    first = place()
+    assert first.parent == tmp_path / "runs" / "shards"
+    run(path, first)
+    assert place() == place(block_size=32) == first
+    assert place(block_size=900).name == f"{first.name}-block900"
+    assert place(DATA.model_copy(update={"validation_fraction": 0.2})) != first
+    write(path, documents(201))
+    assert place() != first
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("n_vocab", "x"), ("n_vocab", 0), ("documents", {"train": "many"}), ("settings", None), ("shards", [{"file": 3}]),
+     ("shards", [{"split": "val", "file": "../../secret.bin", "tokens": 60, "sha256": ""}])],
+)  # fmt: skip
+def test_a_manifest_with_a_wrong_entry_is_refused(make_shards, entry, value):
+    shards = make_shards(train=range(60), val=range(60))
+    manifest = json.loads((shards.directory / MANIFEST).read_text())
+    (shards.directory / MANIFEST).write_text(json.dumps({**manifest, entry: value}))
+    with pytest.raises(DataError, match=rf"cannot be read \({entry}.*prepare the data again"):
+        ShardSet.open(shards.directory)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -332,6 +376,19 @@ def test_a_signal_while_tokenising_says_so_and_leaves_nothing(tmp_path, number):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_signal_at_the_last_batch_keeps_the_shards_and_still_stops(tmp_path):
+    path, out = write(tmp_path / "a.parquet", documents(200)), tmp_path / "out"
+    with start_child(path, out) as child:
+        while child.stdout.readline() != "encoding\n":
+            pass
+        child.send_signal(signal.SIGTERM)
+        (tmp_path / "go").touch()
+        last_words = child.stdout.read().splitlines()[-1]
+    assert child.returncode == 128 + signal.SIGTERM
+    assert last_words == f"stopped by SIGTERM. The data is prepared in {out}: run the same command again to go on."
+    assert ShardSet.open(out).verify() == []
+
+
 # --- small texts -----------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +401,7 @@ def test_a_small_text_holds_out_enough_documents_for_one_block(tmp_path):
     assert any("held out" in note for note in events[-1].notes)
     assert run(path, tmp_path / "out", data=data, events=events).manifest == shards.manifest
     assert events[-1].reused
-    larger = run(path, tmp_path / "out", data=data, block_size=64, events=events)
+    larger = run(path, tmp_path / "larger", data=data, block_size=64, events=events)
     assert larger.val_tokens >= 65
 
 
@@ -400,6 +457,18 @@ def test_a_missing_text_column_lists_the_columns(tmp_path):
     pq.write_table(pa.table({"texts": ["a"], "url": ["b"]}), path)
     with pytest.raises(DataError, match=r'text_column="text" is not a column of .*did you mean texts\?.*texts, url'):
         run(path, tmp_path / "out")
+
+
+def test_two_columns_of_the_same_name(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="is the name of 2 columns of"):
+        run(tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_an_empty_path_does_not_mean_the_current_folder(tmp_path):
+    with pytest.raises(DataError, match='data="" is empty'):
+        run("", tmp_path / "out")
 
 
 def test_a_column_that_is_not_text(tmp_path):

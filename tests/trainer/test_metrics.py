@@ -50,13 +50,25 @@ def test_damage_in_the_middle_is_an_error(path):
         read_metrics(path)
 
 
-@pytest.mark.parametrize("line", ["[1, 2]", "3", '{"step": 1}', '{"kind": "step", "step": "one"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1, 2]", "3", '{"step": 1}', '{"kind": "step", "step": "one"}', '{"kind": "step", "step": 6}',
+        '{"kind": "step", "step": 6, "loss": "low"}', '{"kind": "step", "step": 6, "loss": 1.0, "alloc_retries": []}',
+        '{"kind": "evaluation", "step": 6, "val_loss": 2.0}',
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("last", [False, True])
 def test_a_line_of_another_kind_is_an_error_wherever_it_is(path, line, last):
     good = path.read_text(encoding="utf-8")
     path.write_text(good + line + "\n" + ("" if last else good), encoding="utf-8")
     with pytest.raises(DataError, match=f"is damaged in line {len(good.splitlines()) + 1}: remove that line"):
         read_metrics(path)
+
+
+def test_a_directory_in_its_place_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read_metrics(tmp_path)
 
 
 def test_no_file_means_no_lines(tmp_path):
@@ -70,6 +82,6 @@ def test_lines_beyond_a_step_are_dropped_and_the_rest_kept(path):
     assert drop_after(path, 3) == 2
     assert read_metrics(path) == before[:3]
     with MetricsLog(path) as log:
-        log.append("step", {"step": 4})
+        log.append("step", {"step": 4, "loss": 0.25})
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]

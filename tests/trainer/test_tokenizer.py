@@ -54,6 +54,15 @@ def test_the_text_of_a_special_token_is_ordinary_text(tokenizer):
     assert tokenizer.decode(tokens) == "<|endoftext|>"
 
 
+def test_endless_white_space_is_encoded_in_pieces(tokenizer):
+    gap = module.LONGEST_GAP
+    texts = ["a" + " " * (2 * gap + 7) + "b", "short", "\n" * gap, "x" + "\t" * (gap - 1) + "y"]
+    encoded = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(tokens) for tokens in encoded] == texts
+    assert encoded[1] == [19509]
+    assert encoded[3] == tokenizer._encoding.encode_ordinary(texts[3])
+
+
 def test_round_trip_of_awkward_text(tokenizer):
     texts = ["naïve café – 日本語 🙂\n\n\ttabs", "  spaces   ", "\x00\x1f", "a" * 5000]
     assert [tokenizer.decode(t) for t in tokenizer.encode_batch(texts)] == texts

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +25,7 @@ from ..errors import ConfigError, DataError, Problem, Stopped
 from ..runconfig import DataSection
 from .events import OnEvent, PreparationProgress, PreparationStarted, PreparationWaiting, Prepared, ignore
 from .interrupt import StopAtOnce, StopSignal
-from .lock import LOCK, locked
+from .lock import locked
 from .parquet import Source, find_sources, read_texts
 from .shards import MANIFEST, SPLITS, Manifest, ShardSet, ShardWriter, token_dtype, too_few_tokens
 from .stream import TokenStream
@@ -65,8 +67,9 @@ def prepare(
     fill one block. Memory stays bounded by a batch of documents. When another process is writing into ``out_dir``, this
     one waits and takes what that one made, if it is what was wanted.
 
-    Raises DataError for files that cannot be used (all problems at once), for a text too short for ``block_size``, and
-    for an ``out_dir`` that cannot be written; Stopped on SIGINT, SIGTERM and SIGHUP, after which nothing is left.
+    Raises DataError for files that cannot be used (all problems at once), for a text too short for ``block_size``, for
+    an ``out_dir`` that cannot be written, and for one that holds other shards, which some run may need; Stopped on
+    SIGINT, SIGTERM and SIGHUP, after which the shards are there whole or not at all.
     """
     sources = check_data(paths, data.text_column, tokenizer.n_vocab, vocab_size)
     out_dir, source = Path(out_dir), os.path.abspath(os.path.expanduser(paths))
@@ -85,15 +88,27 @@ def prepare(
                         shards = builder.build(settings, source, block_size)
             except StopAtOnce as error:
                 raise _stopped(error.number, str(error)) from None
+        if stop.number is not None:  # it came when there was little left to do
+            message = f"stopped by {stop.name}. The data is prepared in {out_dir}: run the same command again to go on."
+            raise Stopped(message, stop.number)
     on_event(_prepared(shards, reused, block_size))
     return shards
 
 
-def default_folder(paths: str, run_dir: Path, data: DataSection) -> Path:
-    """Beside the run, so that its neighbours share them: one folder for each source and way of cutting it."""
-    identity = f"{os.path.abspath(os.path.expanduser(paths))} {data.model_dump_json()}"
-    name = Path(paths).stem.replace("*", "all") or "all"
-    return run_dir.parent / "shards" / f"{name}-{zlib.crc32(identity.encode()):08x}"
+def default_folder(paths: str, run_dir: Path, tokenizer: TextEncoder, data: DataSection, block_size: int) -> Path:
+    """Beside the run, so that its neighbours share them: one folder for each content, so that none replaces another's.
+
+    A short text has its validation split chosen for one ``block_size``; shards for another one get their own folder.
+    Raises DataError for files that cannot be used.
+    """
+    identity = json.dumps(_settings(find_sources(paths, data.text_column), tokenizer, data), sort_keys=True)
+    name = re.sub(r"[^\w.-]+", "-", Path(paths).stem.replace("*", "all"))[:60] or "all"
+    folder = run_dir.parent / "shards" / f"{name}-{zlib.crc32(identity.encode()):08x}"
+    try:
+        suits = not _unsuitable_split(Manifest.load(folder), block_size)
+    except DataError:
+        suits = True  # nothing there yet, or nothing of use
+    return folder if suits else folder.with_name(f"{folder.name}-block{block_size}")
 
 
 def check_data(paths: str, column: str, n_vocab: int, vocab_size: int) -> list[Source]:
@@ -124,8 +139,6 @@ def _writable(out_dir: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(OSError):
-            if made:
-                (out_dir / LOCK).unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
         if not isinstance(error, OSError):
@@ -167,26 +180,36 @@ def _settings(sources: list[Source], tokenizer: TextEncoder, data: DataSection) 
 
 
 def _reusable(out_dir: Path, settings: dict[str, Any], block_size: int) -> tuple[ShardSet | None, str]:
-    """The shards already in ``out_dir`` if they are the ones wanted; else why not (empty when there are none)."""
+    """The shards already in ``out_dir`` if they are the ones wanted; else what is wrong with them, or nothing.
+
+    Raises DataError when they are others: those may belong to a run, and are not replaced.
+    """
     if not (out_dir / MANIFEST).exists():
         return None, ""
     try:
-        shards = ShardSet.open(out_dir)
-        damaged = [] if shards.manifest.settings != settings else shards.verify()
+        manifest = Manifest.load(out_dir)
     except DataError as error:
         return None, str(error)
-    manifest = shards.manifest
     different = [name for name, value in settings.items() if manifest.settings.get(name) != value]
-    if different:
-        return None, f"other {' and '.join(different)} than before"
-    if damaged:
-        return None, "; ".join(map(str, damaged))
+    other = f"other {' and '.join(different)}" if different else _unsuitable_split(manifest, block_size)
+    if other:
+        rule = f"holds shards made for another purpose: {other}"
+        raise DataError(Problem("shards", str(out_dir), rule, "name another folder, or delete this one"))
+    try:
+        shards = ShardSet.open(out_dir)
+    except DataError as error:
+        return None, str(error)
+    damaged = shards.verify()
+    return (None, "; ".join(map(str, damaged))) if damaged else (shards, "")
+
+
+def _unsuitable_split(manifest: Manifest, block_size: int) -> str:
+    """Why the split into training and validation does not serve this ``block_size``; empty when it does."""
     if manifest.adjusted_for_block not in (None, block_size):
-        return None, f"the validation split was chosen for blocks of {manifest.adjusted_for_block}"
-    minimum = block_size + 1
-    if manifest.adjusted_for_block is None and min(manifest.tokens("train"), manifest.tokens("val")) < minimum:
-        return None, f"a split is shorter than a block of {block_size}"
-    return shards, ""
+        return f"the validation split was chosen for blocks of {manifest.adjusted_for_block}"
+    if manifest.adjusted_for_block is None and min(manifest.tokens("train"), manifest.tokens("val")) <= block_size:
+        return f"a split is shorter than a block of {block_size}"
+    return ""
 
 
 @dataclass(slots=True)
@@ -336,7 +359,7 @@ def _started(sources: list[Source], out_dir: Path, tokenizer: TextEncoder, reaso
 
 def _prepared(shards: ShardSet, reused: bool, block_size: int) -> Prepared:
     notes = []
-    left_out = [f"{shards.documents[kind]:,} {kind}" for kind in ("null", "empty") if shards.documents[kind]]
+    left_out = [f"{shards.documents[kind]:,} {kind}" for kind in ("null", "empty") if shards.documents.get(kind)]
     if left_out:
         notes.append(f"{' and '.join(left_out)} documents were left out")
     if not shards.held_out(block_size):

@@ -31,8 +31,8 @@ def in_use(directory: Path) -> bool:
 def locked(directory: Path, on_busy: Callable[[], None]) -> Iterator[None]:
     """Hold ``directory``, which is created if need be, for the duration of the block.
 
-    While another process holds it, ``on_busy`` is called again and again; it raises to give up. Raises OSError where
-    the lock file cannot be written.
+    While another process holds it, ``on_busy`` is called again and again; it raises to give up. A directory in which
+    nothing was left keeps no lock file either. Raises OSError where the lock file cannot be written.
     """
     lock = filelock.FileLock(directory / LOCK, timeout=0)
     while True:
@@ -46,4 +46,7 @@ def locked(directory: Path, on_busy: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if [path.name for path in directory.iterdir()] == [LOCK]:
+                (directory / LOCK).unlink()  # while it is held: afterwards it might be another's
         lock.release()

@@ -18,6 +18,10 @@ from ..errors import DataError, Problem
 
 Line = dict[str, Any]
 
+_REQUIRED = {"step": ("loss",), "evaluation": ("val_loss", "best_val_loss", "train_loss"), "stopped": ("reason",)}
+_WORDS = ("kind", "reason")
+"""Fields that hold text. All others hold numbers, or null."""
+
 
 class MetricsLog:
     """Appends lines to ``path``; each is flushed at once, so a killed run loses at most the line being written."""
@@ -49,6 +53,8 @@ def read_metrics(path: Path) -> list[Line]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise DataError(Problem("metrics", str(path), f"cannot be read ({error.strerror})")) from None
     found: list[Line] = []
     for number, text in enumerate(lines, start=1):
         try:
@@ -57,10 +63,18 @@ def read_metrics(path: Path) -> list[Line]:
             if number == len(lines):
                 break
             line = None
-        if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+        if not _sound(line):
             raise DataError(Problem("metrics", str(path), f"is damaged in line {number}", "remove that line"))
         found.append(line)
     return found
+
+
+def _sound(line: Any) -> bool:
+    """Whether a line has what its kind needs, and numbers where numbers belong."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+        return False
+    complete = all(name in line for name in _REQUIRED.get(line["kind"], ()))
+    return complete and all(v is None or type(v) in (int, float) for k, v in line.items() if k not in _WORDS)
 
 
 def drop_after(path: Path, step: int) -> int:

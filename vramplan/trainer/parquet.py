@@ -71,6 +71,8 @@ def read_texts(source: Source, column: str) -> Iterator[list[str | None]]:
 
 
 def _find(paths: str) -> list[Path]:
+    if not paths.strip():
+        raise DataError(Problem("data", paths, "is empty", "name the Parquet files"))
     path = Path(os.path.expanduser(paths))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p.relative_to(path)))
@@ -116,6 +118,8 @@ def _check(path: Path, column: str) -> Source | Problem:
     if column not in schema.names:
         columns = ", ".join(schema.names) or "none"
         return Problem("data.text_column", column, f"is not a column of {path}", _which_column(column, schema, columns))
+    if (times := schema.names.count(column)) > 1:
+        return Problem("data.text_column", column, f"is the name of {times} columns of {path}", "rename all but one")
     kind = schema.field(column).type
     if not _holds_text(kind):
         return Problem("data.text_column", column, f"holds {kind} in {path}, not text", _text_columns(schema))

