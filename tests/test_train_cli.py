@@ -199,7 +199,7 @@ def test_replan_also_when_resuming(corpus, config, tmp_path, monkeypatch):
 def test_nothing_is_tokenised_before_everything_is_checked(corpus, config, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "metrics.jsonl").write_text("")
+    (out / "metrics.jsonl").write_text('{"kind": "stopped", "step": 3, "reason": "a test"}\n')
     small = config.read_text().replace("vocab_size = 50304", "vocab_size = 50000")
     small = small.replace("[data]\n", '[data]\ntext_column = "txt"\n').replace('text_column = "text"\n', "")
     (tmp_path / "small.toml").write_text(small)

@@ -162,14 +162,23 @@ class RunConfig(_Section):
         """Read a TOML file. Raises ConfigError when it is missing, not TOML, or not a valid run."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
+            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
         except FileNotFoundError:
             raise ConfigError(Problem("config", str(path), "does not exist")) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(Problem("config", str(path), f"cannot be read ({error})")) from None
+        except OSError as error:
+            raise ConfigError(Problem("config", str(path), f"cannot be read ({error.strerror})")) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(Problem("config", str(path), f"is not UTF-8 text ({error.reason})")) from None
+        return cls.from_toml(text, str(path))
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "") -> Self:
+        """Read TOML text that came from ``source``. Raises ConfigError."""
+        try:
+            data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(Problem("config", str(path), f"is not valid TOML ({error})")) from None
-        return cls.parse(data, source=str(path))
+            raise ConfigError(Problem("config", source, f"is not valid TOML ({error})")) from None
+        return cls.parse(data, source)
 
     def to_toml(self) -> str:
         """The configuration as TOML, without unset values."""

@@ -16,6 +16,7 @@ from vramplan.trainer import checkpoint as module
 from vramplan.trainer.checkpoint import (
     Checkpoint,
     CheckpointFolder,
+    all_finite,
     archive_damage,
     load,
     plain_state_dict,
@@ -70,10 +71,56 @@ def test_the_random_generator_continues(folder):
 
 
 def test_the_newest_are_kept_by_number_not_by_name(folder):
-    for step in (999_999, 2, 1_000_000, 30):
+    for step in (2, 30, 999_999, 1_000_000):
         folder.save(make(step))
     assert [p.name for p in folder.paths()] == ["step-1000000.pt", "step-999999.pt"]
     assert folder.newest()[1].step == 1_000_000
+
+
+def test_what_was_just_written_is_never_removed(folder):
+    for step in (300, 200):
+        folder.save(make(step)).write_bytes(b"x")
+    path = folder.save(make(150))
+    assert path.is_file()
+    assert folder.newest()[1].step == 150
+
+
+def test_a_damaged_one_set_aside_does_not_count(folder):
+    for step in (10, 20):
+        folder.save(make(step))
+    damaged = folder.paths()[0]
+    damaged.write_bytes(b"x")
+    assert folder.set_aside(damaged).read_bytes() == b"x"
+    folder.save(make(15))
+    assert [p.name for p in folder.paths()] == ["step-000015.pt", "step-000010.pt"]
+
+
+def test_what_a_killed_process_left_is_swept_away(folder):
+    folder.save(make())
+    (folder.directory / ".step-000300.pt.tmp").write_bytes(b"half written when the machine died")
+    folder.sweep()
+    assert [p.name for p in folder.directory.iterdir()] == ["step-000250.pt"]
+
+
+@pytest.mark.parametrize(("entry", "value"), [("step", "ten"), ("model", [1]), ("config_toml", 3), ("rng", None)])
+def test_a_wrong_entry_is_named(folder, entry, value):
+    path = folder.save(make())
+    payload = torch.load(path, weights_only=True)
+    torch.save({**payload, entry: value}, path)
+    with pytest.raises(DataError, match=f"has a wrong entry '{entry}'"):
+        load(path)
+    torch.save({k: v for k, v in payload.items() if k != entry}, path)
+    with pytest.raises(DataError, match=f"has no entry '{entry}'"):
+        load(path)
+
+
+def test_weights_that_are_not_numbers_are_noticed():
+    model = torch.nn.Linear(3, 3)
+    assert all_finite(model)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.weight[1, 1] = value
+        assert not all_finite(model)
 
 
 def test_no_checkpoint_is_none(folder):
@@ -164,7 +211,7 @@ def test_a_failed_write_keeps_the_older_checkpoint_and_leaves_nothing_behind(fol
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.torch, "save", disk_full)
-    with pytest.raises(VramplanError, match=r"No space left.*newest good checkpoint is .*step-000010\.pt"):
+    with pytest.raises(VramplanError, match=r"No space left.*newest checkpoint before it is .*step-000010\.pt"):
         folder.save(make(20))
     assert list(folder.directory.iterdir()) == [older]
 

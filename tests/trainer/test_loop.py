@@ -32,7 +32,7 @@ from vramplan.trainer.events import (
     StepLogged,
     StopRequested,
 )
-from vramplan.trainer.interrupt import StopSignal
+from vramplan.trainer.interrupt import ONE_STOP_SECONDS, StopSignal
 from vramplan.trainer.loop import train
 from vramplan.trainer.metrics import MetricsLog, read_metrics
 
@@ -142,11 +142,12 @@ def test_a_run_that_dies_in_an_evaluation_was_saved(shards, tmp_path, monkeypatc
     def second_dies(self, batches):
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nDetails follow.")
         return original(self, batches)
 
     monkeypatch.setattr(module.TrainStep, "evaluate", second_dies)
-    with pytest.raises(torch.OutOfMemoryError):
+    words = r"memory ran out: CUDA out of memory\. Tried to allocate 2\.00 GiB\. The last checkpoint is .*step-000008.*"
+    with pytest.raises(VramplanError, match=rf"{words} --resume {tmp_path / 'run'} --replan$"):
         run(shards, tmp_path / "run", cfg)
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").newest()[1].step == 8
     monkeypatch.undo()
@@ -323,12 +324,15 @@ def test_a_second_signal_ends_it_at_once_and_says_what_is_saved(shards, tmp_path
         wait_for(child, "CheckpointSaved 4")
         child.send_signal(number)
         wait_for(child, "stuck")
+        child.send_signal(signal.SIGHUP)  # of the closing terminal: not impatience
+        time.sleep(ONE_STOP_SECONDS + 0.1)
+        child.send_signal(signal.SIGHUP)
         start = time.monotonic()
         child.send_signal(number)
         last_words = child.stdout.read().splitlines()[-1]
         assert child.wait(20) == 128 + number
         assert time.monotonic() - start < 10
-    assert last_words.startswith(f"stopped at once by {number.name}. The last good checkpoint is ")
+    assert last_words.startswith(f"stopped at once by {number.name}. The last checkpoint is ")
     assert last_words.endswith(f"Resume with: vramplan train --resume {tmp_path / 'run'}")
 
 
@@ -404,12 +408,24 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+def test_signals_close_together_are_one(shards, tmp_path):
+    def on_event(event):
+        if isinstance(event, StepLogged) and event.step == 5:
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                os.kill(os.getpid(), number)
+
+    result = train(config(), shards, tmp_path / "run", device=CPU, on_event=on_event)
+    assert (result.interrupted, result.signal_number, result.step) == (True, signal.SIGHUP, 5)
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").newest()[1].step == 5
+
+
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(shards, tmp_path):
     train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(10, []))
     newest = CheckpointFolder(tmp_path / "run" / "checkpoints").paths()[0]
     newest.write_bytes(newest.read_bytes()[:1000])
     _, events = run(shards, tmp_path / "run", resume=True)
-    assert [e.path for e in of(events, CheckpointSkipped)] == [newest]
+    (skipped,) = of(events, CheckpointSkipped)
+    assert (skipped.path.name, newest.exists()) == (f"{newest.name}.damaged", False)
     assert of(events, Resumed)[0].step == 8
     run(shards, tmp_path / "straight")
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
@@ -503,6 +519,30 @@ def test_resuming_may_split_a_step_differently(shards, tmp_path):
     assert RunConfig.load(tmp_path / "run" / "config.toml") == other, "the next resume needs no less memory"
 
 
+def test_the_best_validation_loss_is_of_the_blocks_evaluated_now(shards, tmp_path):
+    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "evaluation":
+            line["val_loss"] = line["best_val_loss"] = 0.5
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, events = run(shards, tmp_path / "run", config(eval_batches=1), resume=True)
+    evaluated = of(events, Evaluated)
+    assert [e.best_val_loss for e in evaluated] == [min(e.val_loss for e in evaluated[: i + 1]) for i in range(2)]
+    assert of(events, Finished)[0].best_val_loss > 0.5
+
+
+def test_the_checkpoint_decides_what_the_run_is_not_an_edited_file(shards, tmp_path):
+    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    edited = config(learning_rate=0.02)
+    edited.save(tmp_path / "run" / "config.toml")
+    with pytest.raises(DataError, match=r"step-000006\.pt was trained with: train\.learning_rate=0\.02 is not"):
+        run(shards, tmp_path / "run", edited, resume=True)
+    config().save(tmp_path / "run" / "config.toml")
+    assert run(shards, tmp_path / "run", resume=True)[0].step == 12
+
+
 def test_evaluating_other_blocks_on_resume_is_noted(shards, tmp_path):
     train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
     _, events = run(shards, tmp_path / "run", config(eval_batches=1), resume=True)
@@ -514,13 +554,46 @@ def test_a_run_in_progress_is_not_disturbed(shards, tmp_path, resume):
     with start_child(tmp_path, shards, config(max_steps=400)) as child:
         wait_for(child, "StepLogged 2")
         before = (tmp_path / "run" / "config.toml").read_bytes()
-        with pytest.raises(DataError, match="another process is training this run" if resume else "already holds"):
+        with pytest.raises(DataError, match="is in use: another process is training there"):
             run(shards, tmp_path / "run", config(max_steps=400), resume=resume)
         wait_for(child, "StepLogged 8")
         child.terminate()
         child.stdout.read()
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     assert list(losses(tmp_path / "run")) == list(range(1, max(losses(tmp_path / "run")) + 1))
+
+
+@pytest.mark.parametrize("existing", ["nothing", "the configuration", "other files"])
+def test_a_start_that_fails_before_its_first_line_leaves_the_directory_as_it_was(
+    shards, tmp_path, monkeypatch, existing
+):
+    def exhausted(self, batches):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    run_dir = tmp_path / "run"
+    if existing != "nothing":
+        run_dir.mkdir()
+        config().save(run_dir / "config.toml") if existing == "the configuration" else (run_dir / "a").write_text("b")
+    before = [p.name for p in run_dir.iterdir()] if run_dir.exists() else []
+    monkeypatch.setattr(module.TrainStep, "evaluate", exhausted)
+    with pytest.raises(VramplanError, match=r"memory ran out: .*No checkpoint was saved before.*--vram.*--replan"):
+        run(shards, run_dir)
+    assert [p.name for p in run_dir.iterdir() if p.name != ".lock"] == before
+    monkeypatch.undo()
+    if existing != "the configuration":
+        assert run(shards, run_dir, config(seed=8))[0].step == 12
+
+
+def test_a_killed_start_is_no_run(shards, tmp_path):
+    with start_child(tmp_path, shards, config(max_steps=400)) as child:
+        wait_for(child, "RunStarted")
+        child.kill()
+        child.stdout.read()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / ".config.toml.1.tmp").write_text("half")
+    assert run(shards, tmp_path / "run")[0].step == 12
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]) == 1
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_full_disk_says_what_is_saved(shards, tmp_path, monkeypatch):
@@ -566,11 +639,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         return original(self, batches, rate)
 
     monkeypatch.setattr(module.TrainStep, "__call__", poison)
-    with pytest.raises(VramplanError, match=r"the loss is nan at step 7 .*last good checkpoint is .*step-000004\.pt"):
+    with pytest.raises(VramplanError, match=r"the loss is nan at step 7 .*last checkpoint is .*step-000004\.pt"):
         run(shards, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (last["kind"], last["step"]) == ("stopped", 7)
     assert "nan" in last["reason"]
+
+
+def test_weights_that_are_not_numbers_are_never_saved(shards, tmp_path, monkeypatch):
+    original = module.TrainStep.__call__
+
+    def poison(self, batches, rate):
+        result = original(self, batches, rate)
+        if poisoned:
+            with torch.no_grad():
+                self.model.wte[0, 0] = float("nan")  # its loss and gradients were still numbers
+        return result
+
+    poisoned: list[bool] = []
+    monkeypatch.setattr(module.TrainStep, "__call__", poison)
+
+    def on_event(event):
+        if isinstance(event, StepLogged) and event.step == 7:
+            poisoned.append(True)
+
+    with pytest.raises(VramplanError, match=r"no longer numbers after step 8.*last checkpoint is .*step-000004\.pt"):
+        train(config(), shards, tmp_path / "run", device=CPU, on_event=on_event)
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").newest()[1].step == 4
 
 
 def test_a_learning_rate_that_explodes_is_noticed(shards, tmp_path):

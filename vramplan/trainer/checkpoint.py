@@ -8,13 +8,16 @@ the CPU, so that resuming needs no more GPU memory than training did.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, Problem, VramplanError
+from ..runconfig import RunConfig
+from ..units import gib
+from .memory_errors import out_of_memory
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})\.pt")
@@ -49,6 +55,17 @@ class Checkpoint:
     config_toml: str
     best_val_loss: float | None
 
+    @property
+    def config(self) -> RunConfig:
+        """The configuration it was trained with. Raises ConfigError when it cannot be read."""
+        return RunConfig.from_toml(self.config_toml, "the configuration in the checkpoint")
+
+
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "step": (int,), "tokens_seen": (int,), "model": (dict, OrderedDict), "optimizer": (dict,), "scaler": (dict,),
+    "data": (dict,), "rng": (dict,), "config_toml": (str,), "best_val_loss": (float, type(None)),
+}  # fmt: skip
+
 
 class CheckpointFolder:
     """The checkpoints of one run, of which the newest ``keep`` are kept."""
@@ -63,7 +80,7 @@ class CheckpointFolder:
         return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=_step_of, reverse=True)
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, verify it, then remove those that are no longer kept.
+        """Write a checkpoint, verify it, then remove the older ones that are no longer kept.
 
         Raises VramplanError when it could not be written; the older ones are then untouched.
         """
@@ -85,30 +102,48 @@ class CheckpointFolder:
             raise VramplanError(self._not_written(path, error)) from error
         finally:
             temporary.unlink(missing_ok=True)
-        for old in self.paths()[self.keep :]:
+        older = [p for p in self.paths() if _step_of(p) < checkpoint.step]
+        for old in older[self.keep - 1 :]:
             old.unlink()
         return path
+
+    def set_aside(self, path: Path) -> Path:
+        """Rename a damaged checkpoint, so that it neither counts nor is deleted. Returns its new path."""
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        return aside
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed while writing left behind. Only for who holds the run's lock."""
+        for temporary in self.directory.glob(".step-*.pt.tmp"):
+            temporary.unlink()
 
     def newest(self, on_skip: OnSkip = lambda path, reason: None) -> tuple[Path, Checkpoint] | None:
         """The newest good checkpoint, or None when there is no checkpoint file at all.
 
-        ``on_skip`` hears about each damaged one that was passed over. Raises DataError when all are damaged.
+        ``on_skip`` hears about each damaged one, once a good one is found. Raises DataError when all are damaged.
         """
-        problems: list[Problem] = []
+        damaged: dict[Path, Problem] = {}
         for path in self.paths():
             try:
-                return path, load(path)
+                found = path, load(path)
             except DataError as error:
-                problems += error.problems
-                on_skip(path, error.problems[0].rule)
-        if problems:
-            raise DataError(problems, source="no checkpoint can be used")
+                damaged[path] = error.problems[0]
+                continue
+            for skipped, problem in damaged.items():
+                on_skip(skipped, problem.rule)
+            return found
+        if damaged:
+            source = "no checkpoint can be used; restore one from a backup, or start a new run"
+            raise DataError(damaged.values(), source=source)
         return None
 
     def _not_written(self, path: Path, error: Exception) -> str:
         older = next((p for p in self.paths() if p != path), None)
-        kept = f"The newest good checkpoint is {older}." if older else "There is no older checkpoint."
+        kept = f"The newest checkpoint before it is {older}." if older else "There is no older checkpoint."
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, RuntimeError):  # torch's own words are about its sources
+            reason = f"writing stopped with {gib(shutil.disk_usage(self.directory).free)} free on the disk"
         return f"checkpoint {path} could not be written ({reason}). {kept} Free some disk space, then resume the run."
 
 
@@ -126,10 +161,29 @@ def load(path: Path) -> Checkpoint:
         raise DataError(Problem("checkpoint", str(path), f"cannot be read ({type(error).__name__})")) from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise DataError(Problem("checkpoint", str(path), f"is not a vramplan checkpoint of format {FORMAT}"))
+    for name, kinds in _ENTRIES.items():
+        if name not in payload:
+            raise DataError(Problem("checkpoint", str(path), f"has no entry '{name}'"))
+        if type(payload[name]) not in kinds:
+            raise DataError(Problem("checkpoint", str(path), f"has a wrong entry '{name}'"))
+    return Checkpoint(**{name: payload[name] for name in _ENTRIES})
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """State that does not fit the model or optimizer it is loaded into is an error of the checkpoint: DataError."""
     try:
-        return Checkpoint(**{f.name: payload[f.name] for f in fields(Checkpoint)})
-    except KeyError as missing:
-        raise DataError(Problem("checkpoint", str(path), f"has no entry {missing}")) from None
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(Problem("checkpoint", str(path), f"does not fit its own configuration ({reason})")) from None
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every weight is a number. Needs no memory: a sum over values that are not is not finite either."""
+    return bool(torch.stack([p.detach().sum(dtype=torch.float32) for p in model.parameters()]).isfinite().all())
 
 
 def archive_damage(path: Path) -> str:

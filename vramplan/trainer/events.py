@@ -134,11 +134,12 @@ class StepLogged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
-    """Mean loss over the evaluation blocks after ``step`` steps."""
+    """Mean loss over the evaluation ``blocks`` after ``step`` steps."""
 
     step: int
     val_loss: float
     best_val_loss: float
+    blocks: int
     seconds: float
 
     @property

@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Problem, Stopped, VramplanError, command
+from ..errors import ConfigError, DataError, Problem, Stopped, VramplanError, command
 from ..runconfig import RunConfig
-from .checkpoint import Checkpoint, CheckpointFolder, plain_state_dict, rng_state, set_rng_state
+from ..units import gib
+from .checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    all_finite,
+    fitting,
+    plain_state_dict,
+    rng_state,
+    set_rng_state,
+)
 from .events import (
     AlreadyFinished,
     CheckpointSaved,
@@ -32,10 +41,11 @@ from .events import (
     ignore,
 )
 from .interrupt import StopAtOnce, StopSignal
+from .memory_errors import out_of_memory
 from .model import GPT
 from .optimizer import build_optimizer
 from .recorder import Recorder, last_evaluation
-from .rundir import RunDirectory, describe_session, device_name, session_notes
+from .rundir import RunDirectory, config_differences, describe_session, device_name, session_notes
 from .schedule import learning_rate
 from .shards import ShardSet
 from .step import StepResult, TrainStep
@@ -79,16 +89,16 @@ def train(
     (torch 2.13, 2 threads), but one curve under ``torch.use_deterministic_algorithms(True)`` or on a single thread.
 
     Raises DataError for a run directory that cannot be used, other data or another configuration on resume; ConfigError
-    for a vocabulary smaller than the data's; VramplanError when the loss is no longer finite or a file cannot be
-    written; Stopped on a second signal. CUDA out-of-memory errors pass through.
+    for a vocabulary smaller than the data's; VramplanError when loss or weights are no longer finite, memory runs out
+    or a file cannot be written; Stopped on a second signal.
     """
     needed, given = shards.manifest.n_vocab, config.model.vocab_size
     if given < needed:
         raise ConfigError(Problem("model.vocab_size", given, "is smaller than the data's", f"use at least {needed}"))
     run = RunDirectory(run_dir)
     folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
-    with _explained(run, folder), StopSignal() as stop, run.claimed(config, resume=resume):
-        found = folder.newest(lambda path, reason: on_event(CheckpointSkipped(path=path, reason=reason)))
+    with _explained(run, folder, config), StopSignal() as stop, run.claimed(config, resume=resume):
+        found = _newest(folder, config, on_event)
         finished = _finished(config, run, found[1]) if found else None
         if finished:
             on_event(AlreadyFinished(run_dir=run.path, step=finished.step, best_val_loss=finished.best_val_loss))
@@ -100,21 +110,50 @@ def train(
         return trainer.run()
 
 
+def _newest(folder: CheckpointFolder, config: RunConfig, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+    """The newest good checkpoint of this configuration; damaged ones are set aside. Raises DataError for another's."""
+
+    def skip(path: Path, reason: str) -> None:
+        on_event(CheckpointSkipped(path=folder.set_aside(path), reason=reason))
+
+    found = folder.newest(skip)
+    if found is not None:
+        problems = config_differences(found[1].config, config)
+        if problems:
+            raise DataError(problems, source=f"the configuration is not the one that {found[0]} was trained with")
+    return found
+
+
 @contextlib.contextmanager
-def _explained(run: RunDirectory, folder: CheckpointFolder) -> Iterator[None]:
-    """A second signal, or a file that cannot be written, ends the run with what is saved and how to go on."""
+def _explained(run: RunDirectory, folder: CheckpointFolder, config: RunConfig) -> Iterator[None]:
+    """A second signal, a failed allocation or write: each ends the run with what is saved and how to go on."""
     try:
         yield
     except StopAtOnce as stop:
         raise Stopped(f"stopped at once by {stop}. {_saved(folder)} {_go_on(run)}", stop.number) from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise VramplanError(_memory_ran_out(error, run, folder, config)) from error
     except OSError as error:
         reason = f"{error.filename or run.path} cannot be used ({error.strerror or error})"
         raise VramplanError(f"{reason}. {_saved(folder)} {_go_on(run)}") from None
 
 
+def _memory_ran_out(error: BaseException, run: RunDirectory, folder: CheckpointFolder, config: RunConfig) -> str:
+    words = (str(error).splitlines() or [type(error).__name__])[0]
+    planned = config.plan.process_bytes
+    expected = f" The plan expected {gib(planned)} for the whole process." if planned else ""
+    if folder.paths():
+        way = f"train on within what is free: {command('vramplan', 'train', '--resume', run.path, '--replan')}"
+    else:
+        way = "plan again with what is free now (--vram), or start with --replan"
+    return f"memory ran out: {words}{expected} {_saved(folder)} Close other programs, or {way}"
+
+
 def _saved(folder: CheckpointFolder) -> str:
     last = next(iter(folder.paths()), None)
-    return f"The last good checkpoint is {last}." if last else "No checkpoint was saved before."
+    return f"The last checkpoint is {last}." if last else "No checkpoint was saved before."
 
 
 def _go_on(run: RunDirectory) -> str:
@@ -179,14 +218,16 @@ class _Trainer:
     def restore(self, found: tuple[Path, Checkpoint] | None) -> None:
         """Continue from a checkpoint; from the very beginning when the run never reached its first one."""
         path, checkpoint = found or (None, None)
-        if checkpoint is not None:
-            self.stream.load_state_dict(checkpoint.data)
-            self.model.load_state_dict(checkpoint.model)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
-            self.train_step.load_scaler_state(checkpoint.scaler)
-            set_rng_state(checkpoint.rng)
+        if path is not None and checkpoint is not None:
+            with fitting(path):
+                self.stream.load_state_dict(checkpoint.data)
+                self.model.load_state_dict(checkpoint.model)
+                self.optimizer.load_state_dict(checkpoint.optimizer)
+                self.train_step.load_scaler_state(checkpoint.scaler)
+                set_rng_state(checkpoint.rng)
             self.step = self.saved_step = checkpoint.step
-        dropped = self.recorder.restore(self.step, checkpoint.best_val_loss if checkpoint else None)
+        best = checkpoint.best_val_loss if checkpoint else None
+        dropped = self.recorder.restore(self.step, best, self.evaluation.blocks)
         self.emit(Resumed(checkpoint=path, step=self.step, tokens_seen=self.tokens_seen, dropped_lines=dropped))
 
     def run(self) -> TrainResult:
@@ -243,6 +284,8 @@ class _Trainer:
 
     def _save(self) -> Path:
         start = time.perf_counter()
+        if not all_finite(self.model):
+            self._fail(f"the weights are no longer numbers after step {self.step}")
         path = self.folder.save(
             Checkpoint(
                 step=self.step,
@@ -270,7 +313,7 @@ class _Trainer:
         loss = self.train_step.evaluate(self._evaluation_batches())
         if not math.isfinite(loss):
             self._fail(f"the validation loss is {loss} after step {self.step}")
-        self.recorder.evaluated(self.step, loss, time.perf_counter() - start)
+        self.recorder.evaluated(self.step, loss, self.evaluation.blocks, time.perf_counter() - start)
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.evaluation:

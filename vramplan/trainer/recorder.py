@@ -45,16 +45,22 @@ class Recorder:
             self._log.__exit__(kind, error, trace)
             self._log = None
 
-    def restore(self, step: int, best_val_loss: float | None) -> int:
-        """Go back to ``step``: drop the lines beyond it (returns how many) and recall the last losses."""
+    def restore(self, step: int, best_val_loss: float | None, blocks: int) -> int:
+        """Go back to ``step``: drop the lines beyond it (returns how many) and recall the last losses.
+
+        The best validation loss is that of the lines that evaluated as many ``blocks`` as are evaluated now; the
+        checkpoint's ``best_val_loss`` serves where there are no lines.
+        """
         dropped = drop_after(self.path, step)
-        self.best_val_loss = best_val_loss
-        for line in read_metrics(self.path):
-            if line["kind"] == "evaluation":
-                self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
-                self.best_val_loss = line["best_val_loss"]
-            elif line["kind"] == "step":
+        lines = read_metrics(self.path)
+        evaluations = [line for line in lines if line["kind"] == "evaluation"]
+        for line in evaluations:
+            self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
+        for line in lines:
+            if line["kind"] == "step":
                 self.last_loss = line["loss"]
+        comparable = [line["val_loss"] for line in evaluations if line.get("blocks") in (None, blocks)]
+        self.best_val_loss = min(comparable, default=None) if evaluations else best_val_loss
         return dropped
 
     def step_done(self, step: int, result: StepResult, learning_rate: float, seconds: float, epoch: float) -> None:
@@ -89,12 +95,12 @@ class Recorder:
         self._write("step", line)
         self.emit(event)
 
-    def evaluated(self, step: int, loss: float, seconds: float) -> None:
-        """Record an evaluation after ``step`` steps."""
+    def evaluated(self, step: int, loss: float, blocks: int, seconds: float) -> None:
+        """Record an evaluation of ``blocks`` blocks after ``step`` steps."""
         self.val_loss, self.evaluated_step = loss, step
         best = loss if self.best_val_loss is None else min(loss, self.best_val_loss)
         self.best_val_loss = best
-        event = Evaluated(step=step, val_loss=loss, best_val_loss=best, seconds=seconds)
+        event = Evaluated(step=step, val_loss=loss, best_val_loss=best, blocks=blocks, seconds=seconds)
         tokens = step * self.config.tokens_per_step
         self._write("evaluation", {**asdict(event), "train_loss": self.last_loss, "tokens": tokens})
         self.emit(event)

@@ -51,32 +51,57 @@ class RunDirectory:
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """Raise DataError if :meth:`claimed` would; creates and changes nothing."""
-        self._check_same(config) if resume else self._check_free(config)
         if in_use(self.path):
             self._busy()
+        self._check_same(config) if resume else self._check_free(config)
 
     @contextlib.contextmanager
     def claimed(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
         """Hold the directory for a new run, or for the run it holds, while the block lasts.
 
-        A ``config.toml`` with the same content may already lie in the directory of a new run. Raises DataError when it
-        holds another run, none to resume or one of another configuration (naming each difference), when another process
-        works on it, or when it cannot be written.
+        A ``config.toml`` with the same content may already lie in the directory of a new run. A new run that ends
+        before its first line or checkpoint leaves nothing behind. Raises DataError when the directory holds another
+        run, none to resume or one of another configuration (naming each difference), when another process works on it,
+        or when it cannot be written.
         """
         self.check(config, resume=resume)
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.path, self._busy))
                 self._check_same(config) if resume else self._check_free(config)  # another may have been quicker
+                self._sweep()
+                before = {path.name for path in self.path.iterdir()}
                 self.checkpoints.mkdir(exist_ok=True)
                 config.save(self.config)
             except OSError as error:
                 rule = f"cannot be written ({error.strerror or error})"
                 raise DataError(Problem("run_dir", str(self.path), rule, "name another directory")) from None
-            yield
+            try:
+                yield
+            except BaseException:
+                if not resume and not self._used():
+                    self._clear(keep=before)
+                raise
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed left behind, of a start that got nowhere or half a file."""
+        if not self._used() and self.facts.exists():
+            self._clear(keep=set())
+        for temporary in self.path.glob(".*.tmp"):
+            temporary.unlink()
+        CheckpointFolder(self.checkpoints).sweep()
+
+    def _clear(self, keep: set[str]) -> None:
+        """Remove the files of a start that got nowhere."""
+        with contextlib.suppress(OSError):
+            for path in (self.config, self.facts, self.metrics):
+                if path.name not in keep:
+                    path.unlink(missing_ok=True)
+            if self.checkpoints.name not in keep:
+                self.checkpoints.rmdir()
 
     def _busy(self) -> NoReturn:
-        rule = "is in use: another process is training this run"
+        rule = "is in use: another process is training there"
         raise DataError(Problem("run_dir", str(self.path), rule, "wait for it, or stop it"))
 
     def _check_free(self, config: RunConfig) -> None:
@@ -85,11 +110,20 @@ class RunDirectory:
         if not nearest.is_dir():
             rule = "is a file" if nearest == self.path.absolute() else f"lies in {nearest}, which is a file"
             raise DataError(Problem("run_dir", str(self.path), rule, "name a directory"))
-        if self._used() or (self.config.exists() and self.config.read_text(encoding="utf-8") != config.to_toml()):
+        if self._used() or self._holds_other_config(config):
             rule = "already holds a run"
             raise DataError(Problem("run_dir", str(self.path), rule, f"continue it with --resume, or {remedy}"))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise DataError(Problem("run_dir", str(self.path), f"cannot be written in {nearest}", remedy))
+
+    def _holds_other_config(self, config: RunConfig) -> bool:
+        """Whether there is a ``config.toml`` that somebody may want: not this one, nor that of a failed start."""
+        if not self.config.exists() or self.facts.exists():
+            return False
+        try:
+            return self.config.read_text(encoding="utf-8") != config.to_toml()
+        except (OSError, UnicodeDecodeError):
+            return True
 
     def _check_same(self, config: RunConfig) -> None:
         if not self.config.exists():
@@ -125,7 +159,9 @@ class RunDirectory:
         temporary.replace(self.facts)
 
     def _used(self) -> bool:
-        return self.facts.exists() or self.metrics.exists() or bool(CheckpointFolder(self.checkpoints).paths())
+        """Whether anything came of the run that is here: a line, or a checkpoint."""
+        written = self.metrics.exists() and (self.metrics.is_dir() or self.metrics.stat().st_size > 0)
+        return written or bool(CheckpointFolder(self.checkpoints).paths())
 
 
 def describe_session(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, Problem
 from ..runconfig import RunConfig
-from .checkpoint import CheckpointFolder
+from .checkpoint import CheckpointFolder, all_finite, fitting
 from .model import GPT
 from .rundir import RunDirectory
 from .tokenizer import Tokenizer, load_tokenizer
@@ -29,12 +28,16 @@ def load_model(run_dir: str | Path, device: torch.device) -> tuple[GPT, RunConfi
     if found is None:
         raise DataError(Problem("run_dir", str(run_dir), "holds no checkpoint", "name the directory of a training run"))
     path, checkpoint = found
-    config = RunConfig.parse(tomllib.loads(checkpoint.config_toml), source=f"the configuration in {path}")
+    config = checkpoint.config
     step = replace(config.step_config, compile=False, checkpointing="none")
     if device.type == "cpu":
         step = replace(step, dtype="float32")
     model = GPT(config.shape, step)
-    model.load_state_dict(checkpoint.model)
+    with fitting(path):
+        model.load_state_dict(checkpoint.model)
+    if not all_finite(model):
+        rule = "holds weights that are not numbers: the run had diverged"
+        raise DataError(Problem("checkpoint", str(path), rule, "start a new run with a lower learning_rate"))
     return model.to(device).eval(), config, checkpoint.step
 
 
