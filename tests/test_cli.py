@@ -1,6 +1,7 @@
 """The commands as a user types them: output, exit codes, and errors that name field, value, rule and remedy."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -63,6 +64,20 @@ def test_plan_json_has_the_published_keys():
     assert first["config"]["batch_size"] * first["config"]["grad_accum"] * first["config"]["block_size"] == 524288
     assert first["estimate"]["process_bytes"] <= answer["budget_bytes"]
     assert answer["considered"] > 10_000
+
+
+def test_output_follows_links_and_leaves_devices_alone(tmp_path):
+    tiny = ("--gpu", "4070", "--n-layer", 12, "--n-head", 12, "--n-embd", 768, "--top", 1)
+    (tmp_path / "plan.json").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "plan.json")
+    run("plan", *tiny, "-o", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "plan.json").read_text())["plans"]
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE) as reader:
+        run("plan", *tiny, "-o", tmp_path / "pipe")
+        assert json.loads(reader.stdout.read())["plans"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_plan_never_imports_torch():

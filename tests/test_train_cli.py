@@ -247,6 +247,116 @@ def test_a_closed_pipe_does_not_end_the_run(corpus, config, tmp_path):
     assert sorted(losses(out)) == list(range(1, 25))
 
 
+def test_closed_or_full_output_is_no_traceback(corpus, config, tmp_path):
+    out = tmp_path / "run"
+    train = [sys.executable, "-m", "vramplan", "train", str(config), "--data", str(corpus), "--out", str(out),
+             "--max-steps", "2"]  # fmt: skip
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *train], capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert max(losses(out)) == 2
+    for command in (["sample", str(out)], ["report", str(out)]):
+        words = ["sh", "-c", '"$@" >/dev/full', "sh", sys.executable, "-m", "vramplan", *command]
+        full = subprocess.run(words, capture_output=True, text=True)
+        assert (full.returncode, full.stderr) == (1, "Error: the output cannot be used (No space left on device)\n")
+
+
+def test_text_that_the_terminal_cannot_show_is_replaced(corpus, config, tmp_path):
+    data = tmp_path / "日本.parquet"
+    data.write_bytes(corpus.read_bytes())
+    out = tmp_path / "日"
+    command = [sys.executable, "-m", "vramplan", "train", str(config), "--data", str(data), "--out", str(out)]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+    result = subprocess.run([*command, "--max-steps", "2"], capture_output=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"Run " in result.stdout
+
+
+def test_ctrl_c_outside_training_is_exit_code_130(monkeypatch, corpus, config, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vramplan.trainer.start.check_start", interrupted)
+    result = run("train", config, "--data", corpus, "--out", tmp_path / "run", code=130)
+    assert result.stderr == "Stopped by SIGINT.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "CONFIG", "--data", "CORPUS", "--out", ""], '--out="" is empty'),
+        (["train", "CONFIG", "--data", "", "--out", "RUN"], 'data="" is empty'),
+        (["train", "CONFIG", "--data", "x" * 300, "--out", "RUN"], "cannot be read (File name too long)"),
+        (["train", "CONFIG", "--data", "CORPUS", "--out", "x" * 300], "longer than the 255 bytes"),
+        (["report", "y" * 256], "longer than the 255 bytes"),
+        (["train", "--resume", "CONFIG"], "name the run directory: vramplan train --resume RUN"),
+        (["train", "CONFIG", "--data", "CORPUS", "--out", "DANGLING"], "is a link to nothing"),
+    ],
+)
+def test_paths_of_no_use(corpus, config, tmp_path, words, message):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    names = {"CONFIG": config, "CORPUS": corpus, "RUN": tmp_path / "run", "DANGLING": tmp_path / "dangling"}
+    assert message in run(*(names.get(word, word) for word in words), code=2).stderr
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.toml", b"\xff\xfe", "is not UTF-8 text"),
+        ("config.toml", None, "cannot be read"),
+        ("metrics.jsonl", None, "cannot be read"),
+        ("metrics.jsonl", b'{"kind": "step", "step": 1, "loss": "low"}\n{}\n', "is damaged in line 1"),
+        ("run.json", b'{"sessions": [3]}', "does not say which shards"),
+    ],
+)
+def test_a_damaged_run_directory_is_one_clear_error(corpus, config, tmp_path, file, content, message):
+    out = tmp_path / "run"
+    run("train", config, "--data", corpus, "--out", out, "--max-steps", "2")
+    (out / file).unlink()
+    (out / file).mkdir() if content is None else (out / file).write_bytes(content)
+    assert message in run("train", "--resume", out, code=2).stderr
+    if file != "run.json":
+        assert message in run("report", out, "--gpu", "cpu", code=2).stderr
+
+
+def test_damaged_shards_are_not_trained_on(corpus, config, tmp_path):
+    out = tmp_path / "run"
+    run("train", config, "--data", corpus, "--out", out, "--max-steps", "2")
+    (shards,) = (tmp_path / "shards").iterdir()
+    content = bytearray((shards / "train-00000.bin").read_bytes())
+    content[10] ^= 1
+    (shards / "train-00000.bin").write_bytes(content)
+    assert "its sha256 is not the one in the manifest" in run("train", "--resume", out, code=2).stderr
+    assert "already finished" in run("train", "--resume", out, "--data", corpus).stdout
+
+
+def test_a_project_that_was_moved_finds_its_shards(corpus, config, tmp_path):
+    run("train", config, "--data", corpus, "--out", tmp_path / "here" / "run", "--max-steps", "2")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert "already finished" in run("train", "--resume", tmp_path / "there" / "run").stdout
+
+
+def test_before_the_first_checkpoint_too_the_data_must_be_the_same(corpus, config, tmp_path):
+    out = tmp_path / "run"
+    run("train", config, "--data", corpus, "--out", out, "--max-steps", "2")
+    for path in (out / "checkpoints").iterdir():
+        path.unlink()
+    (shards,) = (tmp_path / "shards").iterdir()
+    shards.rename(tmp_path / "away")
+    pq.write_table(pa.table({"text": ["something else entirely, over and over again. " * 20] * 40}), corpus)
+    text = run("train", "--resume", out, "--data", corpus, code=2).stderr
+    assert "is not the data of this run" in text
+
+
+def test_the_report_counts_steps_not_lines(corpus, config, tmp_path):
+    out = tmp_path / "run"
+    spaced = config.read_text().replace("log_interval = 1", "log_interval = 5")
+    config.write_text(spaced)
+    run("train", config, "--data", corpus, "--out", out, "--max-steps", "7")
+    measured = json.loads(run("report", out, "--gpu", "cpu", "--json").stdout)["measured"]
+    assert measured["steps"] == 7
+
+
 def test_json_and_training_in_one_command_keep_stdout_clean(corpus, tmp_path):
     result = run(
         "plan", "--gpu", "cpu", "--vram", "2GiB", "--n-layer", "1", "--n-head", "1", "--n-embd", "64", "--json",

@@ -12,11 +12,17 @@ from .errors import ConfigError, Problem
 def write_text(path: str | Path, text: str, field: str) -> None:
     """Write UTF-8 text through a temporary file beside ``path``, flushed, then renamed.
 
-    Raises ConfigError naming ``field`` when that is impossible; nothing is left behind then.
+    A link is followed; a device or pipe such as ``/dev/stdout`` is written to. Raises ConfigError naming ``field`` when
+    writing is impossible; nothing is left behind then.
     """
     path = Path(path)
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    path = path if special else path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if special:
+            path.write_text(text, encoding="utf-8", newline="\n")
+            return
         with temporary.open("w", encoding="utf-8", newline="\n") as f:
             f.write(text)
             f.flush()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
+import signal
 import sys
 from typing import Any
 
@@ -37,13 +41,45 @@ class LazyGroup(click.RichGroup):
         command: click.Command = getattr(module, cmd_name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; Ctrl-C where no command handles it itself ends it with the exit code of that signal."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Stopped by SIGINT.", err=True)
+            sys.exit(128 + signal.SIGINT)
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run; a VramplanError becomes its message and exit code, never a traceback."""
+        _forgiving_streams()
         try:
             return super().main(*args, **kwargs)
         except VramplanError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # what no command foresaw: a full disk behind standard output, a path it cannot use
+            _drop_output()
+            click.echo(f"Error: {error.filename or 'the output'} cannot be used ({error.strerror})", err=True)
+            sys.exit(VramplanError.exit_code)
+
+
+def _forgiving_streams() -> None:
+    """A stream that was closed swallows what is printed; a character it cannot show is replaced."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """When standard output cannot be written, what is still buffered goes nowhere instead of failing at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import rich_click as click
@@ -18,6 +20,9 @@ from ..planner.step import DeviceKind, DType
 from ..units import gib, parse_bytes, parse_count
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+LONGEST_NAME = 255
+"""Bytes of one part of a path, on every common file system."""
 
 
 class Size(click.ParamType[Any]):
@@ -62,7 +67,26 @@ class Share(click.ParamType[Any]):
         return share
 
 
+class FilePath(click.ParamType[Any]):
+    """A path: not empty, and of names that a file system can hold."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Check; a ConfigError names the option."""
+        if not str(value).strip():
+            raise ConfigError(Problem(_option(param), str(value), "is empty", "name a file or directory"))
+        path = Path(value)
+        for part in path.parts:
+            if len(os.fsencode(part)) > LONGEST_NAME:
+                rule = f"is longer than the {LONGEST_NAME} bytes that a name can have"
+                raise ConfigError(Problem(_option(param), f"{part[:40]}...", rule, "shorten it"))
+        return path
+
+
 def _option(param: click.Parameter | None) -> str:
+    if isinstance(param, click.Argument):
+        return param.human_readable_name.strip("[]")
     return f"--{param.name.replace('_', '-')}" if param and param.name else "option"
 
 

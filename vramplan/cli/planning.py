@@ -18,7 +18,7 @@ from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, 
 from ..planner.search import LOSS_CHUNKS, Grid, check_tokens_per_step
 from ..planner.shape import Shape, check_shape, settle_shapes
 from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
-from .options import Count, Share, Target, card_options, is_cpu, options, resolve_target, shape_options
+from .options import Count, FilePath, Share, Target, card_options, is_cpu, options, resolve_target, shape_options
 
 
 def _choice(name: str, extra: tuple[str, ...] = ()) -> click.Choice[str]:
@@ -69,10 +69,10 @@ search_options = options(
 @search_options
 @shape_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the plans to FILE (JSON).")
+@click.option("-o", "--output", type=FilePath(), help="Write the plans to FILE (JSON).")
 @click.option("--train", "start", is_flag=True, help="Start the trainer on the best plan.")
 @click.option("--data", metavar="FILE|DIR|GLOB", help="With --train: the Parquet files.")
-@click.option("--out", type=click.Path(path_type=Path), help="With --train: the run directory.")
+@click.option("--out", type=FilePath(), help="With --train: the run directory.")
 @click.option("--max-steps", type=click.IntRange(1), help="With --train: stop after so many optimizer steps.")
 def plan(
     as_json: bool,
@@ -114,7 +114,7 @@ def plan(
         from .training import start_training
 
         config = config_of(plans.plans[0], plans, max_steps)
-        start_training(config, data, out, resume=False, replan=False, to_stderr=as_json)
+        start_training(config, data, out, resume=False, replan=None, to_stderr=as_json)
 
 
 def search_plans(search: dict[str, Any]) -> tuple[Target, list[str], PlanSet]:
@@ -200,10 +200,10 @@ def _pinned(choice: str, every: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @click.command()
-@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.argument("plan_file", metavar="PLAN", type=FilePath())
 @click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan.")
 @click.option("--format", "form", type=click.Choice(["toml", "nanogpt"]), default="toml", show_default=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write. [default: print]")
+@click.option("-o", "--output", type=FilePath(), help="File to write. [default: print]")
 @click.option("--max-steps", type=click.IntRange(1), help="Optimizer steps instead of the token budget.")
 def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps: int | None) -> None:
     """Write the chosen plan as a run configuration, or as a config file for nanoGPT.
@@ -246,7 +246,7 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 
 
 @click.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=FilePath())
 @card_options(default=None)
 @shape_options
 @click.option("--batch-size", type=int, help="Sequences per micro-batch.")

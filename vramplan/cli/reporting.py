@@ -11,11 +11,11 @@ import rich_click as click
 from ..errors import ConfigError, Problem
 from ..planner.plan import plan_gpu, read_plans
 from ..runconfig import RunConfig
-from .options import DEFAULT_MAX_RISK, card_options, resolve_target
+from .options import DEFAULT_MAX_RISK, FilePath, card_options, resolve_target
 
 
 @click.command()
-@click.argument("subject", metavar="PLAN|CONFIG|RUN", type=click.Path(path_type=Path))
+@click.argument("subject", metavar="PLAN|CONFIG|RUN", type=FilePath())
 @card_options(default=None, max_risk=None)
 @click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan of a plan file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -72,7 +72,7 @@ def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str,
             )
         config = run.stored_config()
         lines = [line for line in read_metrics(run.metrics) if line["kind"] == "step"]
-        measured: dict[str, Any] = {"steps": len(lines)}
+        measured: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
         for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
             seen = [line[name] for line in lines if line.get(name) is not None]
             measured[name] = max(seen) if seen else None

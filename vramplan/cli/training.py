@@ -8,25 +8,25 @@ from typing import Any
 import rich_click as click
 
 from ..device import host_memory, live_gpu
-from ..errors import ConfigError, DoesNotFitError, Problem
+from ..errors import ConfigError, DoesNotFitError, Problem, command
 from ..planner.gpu import Gpu, find_gpu
 from ..planner.memory import estimate
 from ..planner.plan import refit
 from ..planner.risk import needed_bytes
 from ..runconfig import RunConfig
 from ..units import gib, gib_needed
-from .options import DEFAULT_MAX_RISK
+from .options import DEFAULT_MAX_RISK, FilePath
 
 
 @click.command()
-@click.argument("config", required=False, metavar="[CONFIG|RUN]", type=click.Path(path_type=Path))
+@click.argument("config", required=False, metavar="[CONFIG|RUN]", type=FilePath())
 @click.option("--data", metavar="FILE|DIR|GLOB", help="Parquet files with a text column.")
-@click.option("--out", type=click.Path(path_type=Path), help="The run directory.")
+@click.option("--out", type=FilePath(), help="The run directory.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out (or: vramplan train --resume RUN).")
 @click.option(
     "--replan", is_flag=True, help="If the plan no longer fits the free memory, train the best one that does."
 )
-@click.option("--shards", type=click.Path(path_type=Path), help="Where the tokens go. [default: beside the run]")
+@click.option("--shards", type=FilePath(), help="Where the tokens go. [default: beside the run]")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after so many optimizer steps.")
 @click.option("--quiet", is_flag=True, help="Print only problems and the end.")
 def train(
@@ -42,7 +42,8 @@ def train(
     if resume and out is None and config is not None and config.is_dir():
         out, config = config, None
     if out is None:
-        raise ConfigError(Problem("--out", "missing", "is required", "name the run directory"))
+        remedy = f"name the run directory: {command('vramplan', 'train', '--resume', 'RUN')}" if resume else ""
+        raise ConfigError(Problem("--out", "missing", "is required", remedy or "name the run directory"))
     if resume and config is None:
         loaded = _stored(out)
     elif config is None:
@@ -66,10 +67,13 @@ def _stored(out: Path) -> RunConfig:
 
 
 def start_training(
-    config: RunConfig, data: str | None, out: Path, *, resume: bool, replan: bool, shards: Path | None = None,
+    config: RunConfig, data: str | None, out: Path, *, resume: bool, replan: bool | None, shards: Path | None = None,
     quiet: bool = False, to_stderr: bool = False,
 ) -> None:  # fmt: skip
-    """Check everything that can be checked, prepare the data, train; raises Stopped when a signal ended the run."""
+    """Check everything that can be checked, prepare the data, train; raises Stopped when a signal ended the run.
+
+    ``replan`` None says that the command has no such option.
+    """
     from ..trainer.start import check_start, open_shards, torch_device
 
     check_start(config, out, resume=resume, data=data)
@@ -100,7 +104,7 @@ def live_card(config: RunConfig) -> Gpu | None:
         return None
 
 
-def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool) -> RunConfig:
+def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool | None) -> RunConfig:
     """Compare what the run needs for its risk limit with what is free now.
 
     Returns the configuration, or with ``replan`` the best way to run the same steps that fits. Raises DoesNotFitError,
@@ -127,7 +131,8 @@ def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool) -> 
         f"checkpointing={best.step.checkpointing} needs at least {gib_needed(best.needs_bytes)}"
     )
     if not replan:
-        raise DoesNotFitError(f"{words}\nThe best plan that fits: {better}. Take it with --replan, or free memory.")
+        way = "Take it with --replan" if replan is not None else f"Plan with --vram {gib(free)}"
+        raise DoesNotFitError(f"{words}\nThe best plan that fits: {better}. {way}, or free memory.")
     click.echo(f"{words}\nReplanned: {better}; tokens per step stay {config.tokens_per_step:,}.", err=True)
     return refitted(config, plans)
 
@@ -145,7 +150,7 @@ def free_memory(config: RunConfig) -> tuple[int | None, str]:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=FilePath())
 @click.option("--prompt", default="", help="Text to continue. [default: the start of a document]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")

@@ -37,7 +37,10 @@ def find_sources(paths: str, column: str) -> list[Source]:
     Raises DataError with every problem of every file: missing, empty, not Parquet, truncated, without ``column`` or
     with a column that holds no text.
     """
-    files = _find(paths)
+    try:
+        files = _find(paths)
+    except OSError as error:
+        raise DataError(Problem("data", paths, f"cannot be read ({error.strerror})")) from None
     sources, problems = [], []
     for file in files:
         found = _check(file, column)

@@ -110,6 +110,8 @@ class RunDirectory:
         if not nearest.is_dir():
             rule = "is a file" if nearest == self.path.absolute() else f"lies in {nearest}, which is a file"
             raise DataError(Problem("run_dir", str(self.path), rule, "name a directory"))
+        if self.path.is_symlink() and not self.path.exists():
+            raise DataError(Problem("run_dir", str(self.path), "is a link to nothing", remedy))
         if self._used() or self._holds_other_config(config):
             rule = "already holds a run"
             raise DataError(Problem("run_dir", str(self.path), rule, f"continue it with --resume, or {remedy}"))
