@@ -172,7 +172,7 @@ def test_whole_numbers_may_stand_for_real_ones() -> None:
     [
         (None, "does not exist"),
         (b"[model\nn_layer = 1", "is not valid TOML"),
-        (b"\xff\xfe[\x00", "cannot be read"),
+        (b"\xff\xfe[\x00", "is not UTF-8 text"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(tmp_path: Path, content: bytes | None, rule: str) -> None:

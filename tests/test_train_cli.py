@@ -84,6 +84,8 @@ def test_plan_to_trainer_in_one_command_then_sample_and_report(corpus, tmp_path)
 
 def test_ctrl_c_saves_says_how_to_resume_and_the_loss_curve_continues(corpus, config, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    longer = config.read_text().replace("max_steps = 24", "max_steps = 150").replace("_interval = 8", "_interval = 50")
+    config.write_text(longer)  # so that the signal comes in time on a busy machine
     run("train", config, "--data", corpus, "--out", straight)
     command = [sys.executable, "-m", "vramplan", "train", str(config), "--data", str(corpus), "--out", str(stopped)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})

@@ -327,6 +327,7 @@ def test_a_second_signal_ends_it_at_once_and_says_what_is_saved(shards, tmp_path
         child.send_signal(signal.SIGHUP)  # of the closing terminal: not impatience
         time.sleep(ONE_STOP_SECONDS + 0.1)
         child.send_signal(signal.SIGHUP)
+        time.sleep(0.2)  # Python may not see a signal that comes while it handles another
         start = time.monotonic()
         child.send_signal(number)
         last_words = child.stdout.read().splitlines()[-1]
