@@ -442,12 +442,12 @@ def replay(changes: Iterable[Change], settings: AllocatorSettings | None = None)
     allocator = CachingAllocator(settings)
     living: dict[int, Block] = {}
     malloc, release = allocator.malloc, allocator.release
-    for change in changes:
-        if change.alloc:
-            if change.row.size > 0:
-                living[change.block] = malloc(int(change.row.size))
-        elif change.block in living:
-            release(living.pop(change.block))
+    for alloc, row, block, _ in changes:
+        if alloc:
+            if row.size > 0:
+                living[block] = malloc(int(row.size))
+        elif block in living:
+            release(living.pop(block))
     return allocator
 
 

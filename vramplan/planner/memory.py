@@ -161,10 +161,13 @@ def estimate(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Estimate
     """Enumerate the table of one configuration and replay it through the allocator."""
     changes = unroll(tensor_table(shape, step, gpu))
     live = top = index = 0
-    for i, change in enumerate(changes):
-        live += int(change.row.size) if change.alloc else -int(change.row.size)
-        if live > top:
-            top, index = live, i
+    for i, (alloc, row, _, _) in enumerate(changes):
+        if alloc:
+            live += int(row.size)
+            if live > top:
+                top, index = live, i
+        else:
+            live -= int(row.size)
     reserved = replay(changes).peak_reserved_bytes if step.device == "cuda" else top
     context = context_bytes(gpu, step.device)
     return Estimate(shape, step, tuple(changes), index, top, max(reserved, top), context)

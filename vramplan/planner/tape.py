@@ -10,10 +10,11 @@ rows are written once, inside :meth:`Tape.repeat`; sizes are integers or numpy a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -135,8 +136,7 @@ def _scan(events: list[Event | Repeat]) -> tuple[Ints, Ints]:
     return level, np.maximum(high, level) if rising else high
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One allocation or release of one instance: ``block`` numbers the instance."""
 
     alloc: bool
@@ -148,8 +148,9 @@ class Change:
 def unroll(tape: Tape) -> list[Change]:
     """Every single allocation and release of a scalar tape, in order."""
     changes: list[Change] = []
-    living: dict[int, list[int]] = {}
-    fresh = iter(range(1 << 62))
+    living: list[list[int]] = [[] for _ in tape.rows]
+    fresh = itertools.count()
+    append = changes.append
 
     def walk(events: list[Event | Repeat]) -> None:
         for event in events:
@@ -157,14 +158,15 @@ def unroll(tape: Tape) -> list[Change]:
                 for _ in range(int(event.count)):
                     walk(event.events)
                 continue
-            row, stack = event.row, living.setdefault(event.row.index, [])
+            kind, row, phase = event.kind, event.row, event.phase
+            stack = living[row.index]
             for _ in range(row.times):
-                if event.kind > 0:
-                    stack.append(next(fresh))
-                    changes.append(Change(True, row, stack[-1], event.phase))
+                if kind > 0:
+                    block = next(fresh)
+                    stack.append(block)
                 else:
-                    block = stack.pop() if event.kind == -1 else stack.pop(0)
-                    changes.append(Change(False, row, block, event.phase))
+                    block = stack.pop() if kind == -1 else stack.pop(0)
+                append(Change(kind > 0, row, block, phase))
 
     walk(tape.events)
     return changes
