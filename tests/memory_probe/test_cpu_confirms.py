@@ -15,7 +15,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vramplan.errors import ConfigError
-from vramplan.memory_probe.cpu import CpuMeasurement, measure_cpu_step
+from vramplan.memory_probe.cpu import StepMeasurement, measure_cpu_step
 from vramplan.planner.memory import Estimate, estimate
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
@@ -113,7 +113,7 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def measured(config: tuple[Shape, StepConfig]) -> CpuMeasurement:
+def measured(config: tuple[Shape, StepConfig]) -> StepMeasurement:
     return measure_cpu_step(config, steps=2)
 
 

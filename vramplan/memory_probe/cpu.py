@@ -7,6 +7,7 @@ tensor table uses, so a measured peak can be compared with the estimated one in 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +26,14 @@ from .meter import TensorMeter
 
 
 @dataclass(frozen=True, slots=True)
-class CpuMeasurement:
+class StepMeasurement:
     """One metered optimizer step and an evaluation after it, over as many batches as the step has micro-batches.
 
     ``persistent_bytes`` are alive before the step: weights and optimizer states, no gradients.
 
     ``peak_operation`` is the dispatcher's name of the operation whose result made the peak, for example
-    ``aten.mm.default``; ``phase_peaks`` are the most bytes alive within each phase, in order of first appearance.
+    ``aten.mm.default``; ``phase_peaks`` are the most bytes alive within each phase, in order of first appearance;
+    ``created`` counts the tensors of each phase and size, with the micro-batches' inputs where they were drawn.
     """
 
     peak_bytes: int
@@ -39,9 +41,10 @@ class CpuMeasurement:
     peak_phase: str
     peak_operation: str
     phase_peaks: dict[str, int]
+    created: Counter[tuple[str, int]]
 
 
-class _Phase:
+class Phase:
     """Follows a model through forward, backward and update with hooks that allocate nothing."""
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -104,7 +107,7 @@ class _Phase:
 
 def measure_cpu_step(
     config: RunConfig | tuple[Shape, StepConfig], *, steps: int = 3, grad_clip: float = 1.0
-) -> CpuMeasurement:
+) -> StepMeasurement:
     """Build the model, run ``steps`` optimizer steps on random tokens, evaluate, and report from the last step on.
 
     The first step creates the optimizer's states, so at least two are needed to see a step as all later ones are. Needs
@@ -114,27 +117,33 @@ def measure_cpu_step(
     """
     shape, step = (config.shape, config.step_config) if isinstance(config, RunConfig) else config
     _check(shape, step, steps)
-    _optimizer(nn.Linear(1, 1), step)  # what its library keeps from the first use on is not the step's
+    probe_optimizer(nn.Linear(1, 1), step)  # what its library keeps from the first use on is not the step's
     with TensorMeter() as meter:
         model = GPT(shape, step)
-        optimizer = _optimizer(model, step)
+        optimizer = probe_optimizer(model, step)
         train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
-        phase = _Phase(model, optimizer)
+        phase = Phase(model, optimizer)
         meter.phase_of = lambda: phase.name
         persistent = 0
         for _ in range(steps):
             gc.collect()  # checkpointing leaves reference cycles behind
             meter.restart()
             persistent = meter.live_bytes
-            train(_random_batches(shape, step), learning_rate=1e-3)
+            train(random_batches(shape, step), learning_rate=1e-3)
         gc.collect()
         phase.stay("evaluation")
-        train.evaluate(_random_batches(shape, step))
-    top = meter.timeline.peak
-    return CpuMeasurement(top.live_bytes, persistent, top.phase, top.operation, meter.timeline.phase_peaks)
+        train.evaluate(random_batches(shape, step))
+    return measurement(meter, persistent)
 
 
-def _optimizer(model: nn.Module, step: StepConfig) -> torch.optim.Optimizer:
+def measurement(meter: TensorMeter, persistent_bytes: int) -> StepMeasurement:
+    """What a meter saw since its last restart."""
+    seen, top = meter.timeline, meter.timeline.peak
+    return StepMeasurement(top.live_bytes, persistent_bytes, top.phase, top.operation, seen.phase_peaks, seen.created)
+
+
+def probe_optimizer(model: nn.Module, step: StepConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``step`` with the usual settings, which do not matter for memory."""
     return build_optimizer(model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 
 
@@ -152,7 +161,7 @@ def _check(shape: Shape, step: StepConfig, steps: int) -> None:
         raise ConfigError(problems)
 
 
-def _random_batches(shape: Shape, step: StepConfig) -> MicroBatches:
+def random_batches(shape: Shape, step: StepConfig) -> MicroBatches:
     """``grad_accum`` micro-batches of (B, T) tokens and targets, each made only when it is asked for."""
 
     def draw() -> Tensor:

@@ -8,6 +8,7 @@ the CPU's instruction set (oneDNN, FlashAttention for CPU) and says nothing abou
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,8 @@ class Timeline:
     """All samples of a metered stretch, and the largest of them."""
 
     samples: list[Sample] = field(default_factory=list)
+    created: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """How many tensors of each phase and size (bytes) came into being, without those that only joined gradients."""
 
     @property
     def peak(self) -> Sample:
@@ -50,12 +53,14 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context manager that counts the bytes of every living storage created inside it.
 
     ``phase_of`` is asked after each operation what the program is doing; its answer labels the sample. A tensor that
-    existed before the meter began counts from when it is given to :meth:`watch`.
+    existed before the meter began counts from when it is given to :meth:`watch`. Each storage counts as a multiple of
+    ``granularity``.
     """
 
-    def __init__(self, phase_of: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, phase_of: Callable[[], str] = lambda: "", granularity: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
+        self.granularity = granularity
         self.phase_of = phase_of
         self._timeline = Timeline()
         self._sum: tuple[Sample, weakref.ref[Any], int] | None = None
@@ -67,14 +72,14 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._settle()
         return self._timeline
 
-    def watch(self, tensor: torch.Tensor) -> None:
-        """Count ``tensor``'s storage from now until it is freed."""
+    def watch(self, tensor: torch.Tensor) -> int:
+        """Count ``tensor``'s storage from now until it is freed. Returns its bytes, or 0 when it is counted already."""
         storage = tensor.untyped_storage()
         key = id(storage)
         known = self._known.get(key)
         if known is not None and known() is storage:
-            return
-        size = storage.nbytes()
+            return 0
+        size = self._rounded(storage.nbytes())
         self.live_bytes += size
 
         def gone(_: Any, key: int = key, size: int = size) -> None:
@@ -82,6 +87,7 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, gone)
+        return size
 
     def restart(self) -> None:
         """Forget the timeline so far, keep counting what is alive."""
@@ -92,15 +98,22 @@ class TensorMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation, then count what it returned."""
         self._settle()
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, torch.Tensor):
-                self.watch(leaf)
-        sample = Sample(self.live_bytes, str(func), self.phase_of())
+        fresh = [size for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor) and (size := self.watch(leaf))]
+        phase = self.phase_of()
+        sample = Sample(self.live_bytes, str(func), phase)
         if _joins_gradients(func):
-            self._sum = (sample, weakref.ref(args[0].untyped_storage()), result.untyped_storage().nbytes())
+            self._sum = (
+                sample,
+                weakref.ref(args[0].untyped_storage()),
+                self._rounded(result.untyped_storage().nbytes()),
+            )
         else:
             self._timeline.samples.append(sample)
+            self._timeline.created.update((phase, size) for size in fresh)
         return result
+
+    def _rounded(self, n_bytes: int) -> int:
+        return -(-n_bytes // self.granularity) * self.granularity
 
     def _settle(self) -> None:
         """Decide what the latest sum of two gradients cost: nothing if its first operand did not outlive it."""

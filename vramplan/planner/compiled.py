@@ -52,9 +52,9 @@ class CompiledStep(EagerStep):
         qkv = self._linear_transient("attn.qkv", 3 * self.h, self.h)
         t.free(normed)
         attended = self._attention_forward()
-        t.free(qkv, *(row for name, row in attended.items() if name != "attention"))
+        t.free(qkv, *(row for name, row in attended.items() if name not in ("attention", "joined")))
         branch = self._linear_transient("attn.proj", self.h, self.h)
-        t.free(attended["attention"])
+        t.free(attended["attention"], attended.get("joined"))
         mid = t.new("residual after attention", "activations", self.r * hN)
         t.free(branch)
         if not keep_input:

@@ -100,7 +100,8 @@ class EagerStep(LossRows):
         saved = Saved(kept)
         kept |= self._norm_forward("ln_1").rows
         self._weight_copy("attn.qkv", 3 * self.h, self.h, kept)
-        kept["qkv"] = t.new("attn.qkv output", "activations", 3 * e * hN)
+        kept["qkv"] = t.new("attn.qkv output", "activations", self._unpadded(3 * e * hN))
+        copied = t.new("attn.qkv output, padded later", "activations", self._padded(3 * e * hN)) if self.pads else None
         self._drop_bias_copy("attn.qkv", saved)
         t.free(self._full_norm)
         kept |= self._attention_forward()
@@ -108,7 +109,7 @@ class EagerStep(LossRows):
         branch = t.new("attn.proj output", "activations", e * hN)
         self._drop_bias_copy("attn.proj", saved)
         kept["mid"] = t.new("residual after attention", "activations", self.r * hN)
-        t.free(branch)
+        t.free(branch, copied)
         kept |= self._norm_forward("ln_2").rows
         self._weight_copy("mlp.fc", 4 * self.h, self.h, kept)
         kept["fc"] = t.new("mlp.fc output", "activations", 4 * e * hN)
@@ -124,9 +125,9 @@ class EagerStep(LossRows):
         normed = self._norm_transient("ln_1")
         qkv = self._linear_transient("attn.qkv", 3 * self.h, self.h)
         attended = self._attention_forward()
-        t.free(*(row for name, row in attended.items() if name != "attention"))
+        t.free(*(row for name, row in attended.items() if name not in ("attention", "joined")))
         branch = self._linear_transient("attn.proj", self.h, self.h)
-        t.free(qkv, normed, attended["attention"])
+        t.free(qkv, normed, attended["attention"], attended.get("joined"))
         mid = t.new("residual after attention", "activations", self.r * hN)
         t.free(branch)
         normed = self._norm_transient("ln_2")
@@ -185,21 +186,42 @@ class EagerStep(LossRows):
     def _attention_forward(self) -> dict[str, Row]:
         t, s = self.tape, self.shape
         kept: dict[str, Row] = {}
-        pad = self._padded_head_width()
-        if self.cuda and not np.array_equal(pad, s.head_dim):
-            extra = np.where(pad != s.head_dim, 3 * self.e * self.N * s.n_head * pad, 0)
-            kept["padded"] = t.new("padded q, k, v", "activations", plain(extra))  # head_dim not a multiple of 8
-        kept["attention"] = t.new("attention output", "activations", self.e * self.h * self.N)
+        if self.pads:
+            kept["padded"] = t.new("padded q, k, v", "activations", self._padded(self._wide), times=3)
+            kept["padded out"] = t.new("padded attention output", "activations", self._padded(self._wide))
+        out = self.e * self.h * self.N
+        kept["attention"] = t.new("attention output", "activations", self._unpadded(out))
+        if self.pads:
+            kept["joined"] = t.new("attention output, joined", "activations", self._padded(out))
         rows = s.block_size
         if self.cuda and not self.step.half:
             rows = -(-rows // 32) * 32  # memory-efficient attention aligns its log-sum-exp to 32 (ATen attention.cu)
         kept["lse"] = t.new("attention log-sum-exp", "activations", 4 * s.n_head * self.step.batch_size * rows)
         if self.cuda:
-            kept["rng"] = t.new("attention rng state", "activations", 16)
+            kept["rng"] = t.new("attention rng state", "activations", 16, times=2)
         return kept
 
-    def _padded_head_width(self) -> Ints:
-        return plain(-(-np.asarray(self.shape.head_dim) // 8) * 8)
+    @property
+    def pads(self) -> bool:
+        """Whether any candidate's heads are padded: FlashAttention takes widths in multiples of 8, and nothing else.
+
+        scaled_dot_product_attention then keeps padded copies of q, k, v and its output, and not qkv (ATen
+        transformers/attention.cpp, pad_last_dim).
+        """
+        return self.cuda and self.step.half and bool(np.any(np.asarray(self.shape.head_dim) % 8 != 0))
+
+    @property
+    def _wide(self) -> Ints:
+        """Bytes of one padded tensor of all heads."""
+        return self.e * self.N * self.shape.n_head * (-(-self.shape.head_dim // 8) * 8)
+
+    def _padded(self, n_bytes: Ints) -> Ints:
+        """``n_bytes`` where heads are padded, 0 elsewhere."""
+        return plain(np.where(np.asarray(self.shape.head_dim) % 8 != 0, n_bytes, 0))
+
+    def _unpadded(self, n_bytes: Ints) -> Ints:
+        """``n_bytes`` where heads are not padded, 0 elsewhere."""
+        return n_bytes - self._padded(n_bytes) if self.pads else n_bytes
 
     def _leave_forward(self) -> None:
         self.tape.free(*self._locals, self._full_norm)
@@ -284,7 +306,7 @@ class EagerStep(LossRows):
             self._dhidden = self._linear_backward("mlp.fc", 4 * self.h, self.h, saved, [dfc, saved["ln_2"]])
             self._norm_backward("ln_2", saved, saved.rows["mid"], carried=dx)
             branch = self._branch_gradient()
-            datt = self._linear_backward("attn.proj", self.h, self.h, saved, [branch])
+            datt = self._linear_backward("attn.proj", self.h, self.h, saved, [branch, saved["joined"]])
             dqkv = self._attention_backward(saved, datt)
             self._dhidden = self._linear_backward("attn.qkv", 3 * self.h, self.h, saved, [dqkv, saved["ln_1"]])
             self._norm_backward("ln_1", saved, x, carried=dx)
@@ -302,7 +324,15 @@ class EagerStep(LossRows):
 
     def _attention_backward(self, saved: Saved, datt: Row) -> Row:
         t, s, e, hN = self.tape, self.shape, self.e, self.h * self.N
-        grads = [t.new(f"gradient of {part}", "temporaries", e * hN) for part in "qkv"]
+        wide: list[Row] = []
+        if self.pads:
+            size = self._padded(self._wide)
+            wide = [t.row(f"gradient of padded {part}", "temporaries", size) for part in ("out", *"qkv")]
+            t.alloc(wide[0])
+            t.free(datt)
+            datt = t.new("gradient of the attention output", "temporaries", self._unpadded(e * hN))
+            t.alloc(*wide[1:])
+        grads = [t.new(f"gradient of {part}", "temporaries", self._unpadded(e * hN)) for part in "qkv"]
         kernel: list[Row] = []
         if self.cuda and self.step.half:
             # FlashAttention-2 accumulates dq in float32, rows rounded to 128 and widths to 32 (flash_api.cpp, mha_bwd)
@@ -314,10 +344,24 @@ class EagerStep(LossRows):
             ]
         elif self.cuda:
             kernel = [t.new("attention delta (kernel)", "temporaries", 4 * s.n_head * self.N)]
-        t.free(*kernel, datt, saved["qkv"], saved["lse"], saved["rng"], saved["padded"], saved["attention"])
+        t.free(*kernel, datt, saved["qkv"], saved["lse"], saved["rng"], saved["padded"], saved["padded out"])
+        t.free(saved["attention"], *wide[:1])
+        wide = self._cut(wide[1:])
         dqkv = t.new("gradient of qkv", "temporaries", 3 * e * hN)
-        t.free(*grads)
+        t.free(*grads, *wide)
         return dqkv
+
+    def _cut(self, padded: list[Row]) -> list[Row]:
+        """The gradients of q, k and v without their padding: cut out one by one, then made contiguous one by one."""
+        t = self.tape
+        for how in ("cut", "contiguous"):
+            fresh = []
+            for part, old in zip("qkv", padded, strict=False):
+                size = self._padded(self.e * self.h * self.N)
+                fresh.append(t.new(f"gradient of {part}, {how}", "temporaries", size))
+                t.free(old)
+            padded = fresh
+        return padded
 
     def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
         t, h, s = self.tape, self.h, self.shape

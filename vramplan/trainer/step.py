@@ -67,12 +67,13 @@ class TrainStep:
             group["lr"] = learning_rate
         total = torch.zeros((), device=self.device)
         for tokens, targets in micro_batches:
-            total += self._micro_step(tokens, targets)
+            total += self.micro_step(tokens, targets)
         with record_function("optimizer step"):
-            norm = self._update()
+            norm = self.update()
         return StepResult(loss=float(total) / self.step.grad_accum, grad_norm=float(norm))
 
-    def _micro_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def micro_step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch, (B, T) each; its loss as a scalar on the device."""
         tokens = tokens.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with record_function("forward"):
@@ -81,7 +82,8 @@ class TrainStep:
             self.scaler.scale(loss / self.step.grad_accum).backward()
         return loss.detach()
 
-    def _update(self) -> Tensor:
+    def update(self) -> Tensor:
+        """Clip the gradients, update the weights, drop the gradients; their norm as a scalar on the device."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")

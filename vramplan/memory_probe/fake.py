@@ -1,0 +1,111 @@
+"""Whole training steps on fake tensors: shapes, order and lifetimes are real, no byte is allocated.
+
+A step of a model that no machine at hand could hold takes seconds. For ``device="cuda"`` the operators are those that a
+CUDA device would run (fused attention with its log-sum-exp and generator state, LayerNorm with float32 statistics) and
+sizes are rounded as its allocator does. What a kernel takes and returns inside one operation is not seen; the tensor
+table has rows named ``(kernel)`` for it, and for the workspaces of cuBLAS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import ConfigError, Problem
+from ..planner.shape import Shape, check_shape
+from ..planner.state_rows import CUDA_GRANULARITY
+from ..planner.step import StepConfig, check_step
+from ..trainer.model import GPT
+from ..trainer.step import TrainStep
+from .cpu import Phase, StepMeasurement, measurement, probe_optimizer, random_batches
+from .meter import TensorMeter
+
+
+def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_clip: float = 1.0) -> StepMeasurement:
+    """Run ``steps`` eager optimizer steps and an evaluation; figures are those of the last step and the evaluation.
+
+    Raises ConfigError for settings that fake tensors cannot follow: compiled steps, float16 (its loss scaler looks at
+    values; bfloat16 has the same memory) and 8-bit states (a library's own kernels).
+    """
+    _check(shape, step)
+    granularity = CUDA_GRANULARITY if step.device == "cuda" else 1
+    with FakeTensorMode(), TensorMeter(granularity=granularity) as meter, _operators(step):
+        model = GPT(shape, step)
+        optimizer = probe_optimizer(model, step)
+        train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
+        phase = Phase(model, optimizer)
+        meter.phase_of = lambda: phase.name
+        persistent = 0
+        for _ in range(steps):
+            gc.collect()  # checkpointing leaves reference cycles behind
+            meter.restart()
+            persistent = meter.live_bytes
+            for tokens, targets in random_batches(shape, step):
+                train.micro_step(tokens, targets)
+            train.update()
+        gc.collect()
+        phase.stay("evaluation")
+        with torch.no_grad():
+            for tokens, targets in random_batches(shape, step):
+                model(tokens, targets)
+    return measurement(meter, persistent)
+
+
+@contextlib.contextmanager
+def _operators(step: StepConfig) -> Iterator[None]:
+    """Within the block the model's operations are those of ``step.device``."""
+    if step.device != "cuda":
+        yield
+        return
+    statistics = _CudaStatistics()  # type: ignore[no-untyped-call]
+    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention), statistics:
+        yield
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+    """FlashAttention in half precision, else memory-efficient attention: what CUDA dispatches to.
+
+    FlashAttention takes head widths in multiples of 8: others are padded (ATen transformers/attention.cpp).
+    """
+    if q.dtype == torch.float32:
+        out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal)[0]
+        return out
+    width = q.shape[-1]
+    if width % 8:
+        q, k, v = (F.pad(part, (0, 8 - width % 8)) for part in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    return out[..., :width]
+
+
+class _CudaStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """LayerNorm's mean and 1/std are float32 on CUDA whatever the input is; on a CPU they have the input's dtype."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.native_layer_norm.default:
+            out, mean, rstd = result
+            return out, mean.float(), rstd.float()
+        return result
+
+
+def _check(shape: Shape, step: StepConfig) -> None:
+    problems = [*check_shape(shape), *check_step(step)]
+    if step.compile:
+        problems.append(Problem("compile", True, "cannot be followed on fake tensors", "use compile=false"))
+    if step.dtype == "float16":
+        problems.append(Problem("dtype", "float16", "cannot be followed on fake tensors", "use bfloat16: same memory"))
+    if step.optimizer == "adamw8bit":
+        problems.append(Problem("optimizer", "adamw8bit", "cannot be followed on fake tensors", "use adamw-fused"))
+    if step.workload != "vramplan":
+        problems.append(Problem("workload", step.workload, "is not our trainer", "use workload=vramplan"))
+    if problems:
+        raise ConfigError(problems)
