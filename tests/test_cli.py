@@ -66,6 +66,33 @@ def test_plan_json_has_the_published_keys():
     assert answer["considered"] > 10_000
 
 
+def test_a_plan_without_its_optional_entries_can_be_applied(tmp_path):
+    run(
+        "plan", "--gpu", "4070", "--n-layer", 12, "--n-head", 12, "--n-embd", 768, "--top", 1, "-o", tmp_path / "p.json"
+    )
+    content = json.loads((tmp_path / "p.json").read_text())
+    for name in ("gpu", "target_parameters"):
+        del content[name]
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    assert RunConfig.from_toml(run("apply", tmp_path / "p.json").stdout).plan.gpu is None
+    assert "n_layer = 12" in run("apply", tmp_path / "p.json", "--format", "nanogpt").stdout
+
+
+def test_values_that_no_option_takes_are_reported_with_everything_else(tmp_path):
+    text = run("plan", "--gpu", "4071", "--params", "12X", "--tokens-per-step", "500000", "--block-size", "0",
+               "--vocab-size", "-1", "--max-risk", "7", "--vram", "8", "-o", "", code=2).stderr  # fmt: skip
+    for words in ('gpu="4071"', '--params="12X"', "block_size=0", "vocab_size=-1", '--max-risk="7"', '--vram="8"',
+                  '--output="" is empty'):  # fmt: skip
+        assert words in text, words
+    (tmp_path / "bad.toml").write_text("[model]\nn_layer = 0\n")
+    text = run("estimate", tmp_path / "bad.toml", "--gpu", "4071", "--vram", "8", code=2).stderr
+    for words in ('gpu="4071"', '--vram="8"', "model.n_head is required"):
+        assert words in text, words
+    text = run("train", tmp_path / "bad.toml", "--data", "nope", "--out", "", code=2).stderr
+    for words in ('--out="" is empty', 'data="nope" does not exist', "model.n_head is required"):
+        assert words in text, words
+
+
 def test_output_follows_links_and_leaves_devices_alone(tmp_path):
     tiny = ("--gpu", "4070", "--n-layer", 12, "--n-head", 12, "--n-embd", 768, "--top", 1)
     (tmp_path / "plan.json").write_text("old")

@@ -40,6 +40,7 @@ def make(step: int = 250) -> Checkpoint:
         data={"position": step * 4, "block_size": 16, "seed": 1, "fingerprint": "f"},
         rng=rng_state(),
         config_toml="[model]\n",
+        last_loss=4.5,
         best_val_loss=None,
     )
 

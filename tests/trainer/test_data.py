@@ -296,11 +296,28 @@ def test_a_killed_preparation_is_cleared_away(tmp_path):
     path, out = write(tmp_path / "a.parquet", documents(200)), tmp_path / "out"
     (out / ".building").mkdir(parents=True)
     (out / ".building" / "train-00000.bin").write_bytes(b"half")
+    (out / ".vramplan.json").write_text(json.dumps(run(path, tmp_path / "other").manifest.settings))
     (out / "train-00007.bin").write_bytes(b"moved before the manifest was written")
     (out / "notes.txt").write_text("the user's own")
     shards = run(path, out)
-    expected = {s.file for s in shards.manifest.shards} | {MANIFEST, "notes.txt", ".lock"}
+    expected = {s.file for s in shards.manifest.shards} | {MANIFEST, "notes.txt", ".lock", ".vramplan.json"}
     assert {p.name for p in out.iterdir()} == expected
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "train-00000.bin", ".building", "a newer format"])
+def test_a_folder_with_other_files_is_left_alone(tmp_path, file):
+    path, out = write(tmp_path / "a.parquet", documents(200)), tmp_path / "out"
+    if file == "a newer format":
+        manifest = out / MANIFEST
+        run(write(tmp_path / "b.parquet", documents(100)), out)
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    else:
+        out.mkdir()
+        (out / file).write_text("mine")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(DataError, match=r"holds other files .*name an empty or new folder"):
+        run(path, out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):

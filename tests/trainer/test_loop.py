@@ -35,6 +35,7 @@ from vramplan.trainer.events import (
 from vramplan.trainer.interrupt import ONE_STOP_SECONDS, StopSignal
 from vramplan.trainer.loop import train
 from vramplan.trainer.metrics import MetricsLog, read_metrics
+from vramplan.trainer.rundir import RunDirectory
 
 CPU = torch.device("cpu")
 
@@ -436,10 +437,51 @@ def test_a_run_that_never_reached_a_checkpoint_begins_anew(shards, tmp_path):
     run(shards, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(DataError, match=r"holds no checkpoint, but step-000012\.pt was saved: bring it back"):
+        run(shards, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    first = [line for line in before.splitlines() if '"checkpoint"' not in line][:4]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(first) + "\n")
     result, events = run(shards, tmp_path / "run", resume=True)
     assert of(events, Resumed)[0].checkpoint is None
     assert result.step == 12
     assert list(losses(tmp_path / "run")) == list(range(1, 13))
+
+
+def test_a_renamed_checkpoint_does_not_count(shards, tmp_path):
+    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    newest = CheckpointFolder(tmp_path / "run" / "checkpoints").paths()[0]
+    newest.rename(newest.with_name("step-000300.pt"))
+    _, events = run(shards, tmp_path / "run", resume=True)
+    assert "it is of step 6" in of(events, CheckpointSkipped)[0].reason
+    assert (of(events, Resumed)[0].step, of(events, Finished)[0].step) == (4, 12)
+
+
+def test_a_lost_configuration_is_the_checkpoints(shards, tmp_path):
+    train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
+    (tmp_path / "run" / "config.toml").unlink()
+    assert RunDirectory(tmp_path / "run").stored_config() == config()
+    assert run(shards, tmp_path / "run", resume=True)[0].step == 12
+    assert RunConfig.load(tmp_path / "run" / "config.toml") == config()
+
+
+def test_an_evaluation_after_a_resume_knows_the_loss_of_its_step(shards, tmp_path):
+    cfg = config(log_interval=10)
+
+    def on_event(event):
+        if isinstance(event, CheckpointSaved) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # before the evaluation of that step, which no line has logged
+
+    train(cfg, shards, tmp_path / "run", device=CPU, on_event=on_event)
+    run(shards, tmp_path / "run", cfg, resume=True)
+    run(shards, tmp_path / "straight", cfg)
+
+    def evaluations(name):
+        lines = [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if line["kind"] == "evaluation"]
+        return [(line["step"], line["val_loss"], line["train_loss"]) for line in lines]
+
+    assert evaluations("run") == evaluations("straight")
 
 
 def test_a_finished_run_says_so(shards, tmp_path):
@@ -473,6 +515,21 @@ def test_a_directory_with_only_this_configuration_is_taken(shards, tmp_path):
     (tmp_path / "run").mkdir()
     config().save(tmp_path / "run" / "config.toml")
     assert run(shards, tmp_path / "run")[0].step == 12
+
+
+def test_a_directory_of_another_program_is_left_alone(shards, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name, text in (("config.toml", "lr = 3"), ("run.json", '{"mine": 1}'), (".notes.tmp", "keep")):
+        (out / name).write_text(text)
+    with pytest.raises(DataError, match="already holds a run"):
+        run(shards, out)
+    (out / "config.toml").unlink()
+    with pytest.raises(DataError, match="already holds a run"):
+        run(shards, out)
+    (out / "run.json").unlink()
+    assert run(shards, out)[0].step == 12
+    assert (out / ".notes.tmp").read_text() == "keep"
 
 
 def test_a_directory_with_another_configuration_is_refused(shards, tmp_path):

@@ -28,6 +28,7 @@ def save(run_dir, step: int, model: GPT, how: StepConfig) -> None:
             data={},
             rng=rng_state(),
             config_toml=RunConfig.build(SHAPE, how).to_toml(),
+            last_loss=None,
             best_val_loss=None,
         )
     )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import rich_click as click
 
 from ..device import compile_support, cpu_has_bf16, host_memory, live_gpu
-from ..errors import ConfigError, Problem
+from ..errors import Collector, ConfigError, Problem
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
 from ..planner.risk import CERTAINTY, LARGEST_RISK
@@ -25,36 +25,70 @@ LONGEST_NAME = 255
 """Bytes of one part of a path, on every common file system."""
 
 
-class Size(click.ParamType[Any]):
+_REFUSED = "vramplan.refused"
+
+
+class Collected(click.ParamType[Any]):
+    """A type whose bad values are gathered, so that the command can report them with everything else it finds.
+
+    A bad value is replaced by ``stand_in`` until :func:`refused` has been asked.
+    """
+
+    stand_in: Any = None
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse; a problem names the option."""
+        try:
+            return self.parse(value, _option(param))
+        except ConfigError as error:
+            if ctx is None:
+                raise
+            ctx.meta.setdefault(_REFUSED, []).extend(error.problems)
+            return self.stand_in
+
+    def parse(self, value: Any, option: str) -> Any:
+        """The value, or a ConfigError that names ``option``."""
+        raise NotImplementedError
+
+
+def refused() -> Collector:
+    """What was wrong with the values of this command's options; each command asks once, at its beginning."""
+    context = click.get_current_context(silent=True)
+    return Collector(context.meta.get(_REFUSED, ()) if context else ())
+
+
+class Size(Collected):
     """A number of bytes with its unit: 8.9GiB, 12GB."""
 
     name = "SIZE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse; a ConfigError names the option."""
-        return value if isinstance(value, int) else parse_bytes(str(value), _option(param))
+    def parse(self, value: Any, option: str) -> int:
+        """Bytes of ``8.9GiB``."""
+        return value if isinstance(value, int) else parse_bytes(str(value), option)
 
 
-class Count(click.ParamType[Any]):
+class Count(Collected):
     """A count: 125M, 1.5B, 524288."""
 
     name = "COUNT"
+    stand_in = 2**27
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse; a ConfigError names the option."""
-        return value if isinstance(value, int) else parse_count(str(value), _option(param))
+    def parse(self, value: Any, option: str) -> int:
+        """The number that ``125M`` stands for."""
+        return value if isinstance(value, int) else parse_count(str(value), option)
 
 
-class Share(click.ParamType[Any]):
+class Share(Collected):
     """A probability or fraction between two bounds: 1%, 0.01."""
 
     name = "SHARE"
+    stand_in = 0.01
 
     def __init__(self, least: float = 1e-9, largest: float = 1.0) -> None:
         self.least, self.largest = least, largest
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse; the value must lie within the bounds, and below 1."""
+    def parse(self, value: Any, option: str) -> float:
+        """The share, which must lie within the bounds, and below 1."""
         text = str(value).strip()
         try:
             share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -63,24 +97,25 @@ class Share(click.ParamType[Any]):
         if not self.least <= share <= self.largest or share == 1:
             most = f"below {self.largest:.0%}" if self.largest == 1 else f"at most {self.largest:.0%}"
             rule = f"must be at least {self.least * 100:g}% and {most}"
-            raise ConfigError(Problem(_option(param), text, rule, "write 1% or 0.01"))
+            raise ConfigError(Problem(option, text, rule, "write 1% or 0.01"))
         return share
 
 
-class FilePath(click.ParamType[Any]):
+class FilePath(Collected):
     """A path: not empty, and of names that a file system can hold."""
 
     name = "PATH"
+    stand_in = Path("unnamed")
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Check; a ConfigError names the option."""
+    def parse(self, value: Any, option: str) -> Path:
+        """The path."""
         if not str(value).strip():
-            raise ConfigError(Problem(_option(param), str(value), "is empty", "name a file or directory"))
+            raise ConfigError(Problem(option, str(value), "is empty", "name a file or directory"))
         path = Path(value)
         for part in path.parts:
             if len(os.fsencode(part)) > LONGEST_NAME:
                 rule = f"is longer than the {LONGEST_NAME} bytes that a name can have"
-                raise ConfigError(Problem(_option(param), f"{part[:40]}...", rule, "shorten it"))
+                raise ConfigError(Problem(option, f"{part[:40]}...", rule, "shorten it"))
         return path
 
 

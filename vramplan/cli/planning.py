@@ -18,7 +18,18 @@ from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, 
 from ..planner.search import LOSS_CHUNKS, Grid, check_tokens_per_step
 from ..planner.shape import Shape, check_shape, settle_shapes
 from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
-from .options import Count, FilePath, Share, Target, card_options, is_cpu, options, resolve_target, shape_options
+from .options import (
+    Count,
+    FilePath,
+    Share,
+    Target,
+    card_options,
+    is_cpu,
+    options,
+    refused,
+    resolve_target,
+    shape_options,
+)
 
 
 def _choice(name: str, extra: tuple[str, ...] = ()) -> click.Choice[str]:
@@ -90,16 +101,16 @@ def plan(
     vramplan plan --gpu auto --params 350M --tokens-per-step 262144 -o plan.json
     vramplan plan --gpu auto --params 125M --train --data fineweb.parquet --out runs/first
     """
+    collect = refused()
     for name, value in (("--data", data), ("--out", out), ("--max-steps", max_steps)):
         if value is not None and not start:
-            raise ConfigError(Problem(name, str(value), "means nothing without --train"))
-    if start and (data is None or out is None):
-        missing = "--data" if data is None else "--out"
-        raise ConfigError(Problem(missing, "missing", "is required with --train"))
+            collect.problems.append(Problem(name, str(value), "means nothing without --train"))
+        if value is None and start and name != "--max-steps":
+            collect.problems.append(Problem(name, "missing", "is required with --train"))
     if start and search["workload"] != "vramplan":
         rule = "is another script's memory: --train starts this trainer"
-        raise ConfigError(Problem("--workload", search["workload"], rule, "leave out one of them"))
-    target, assumed, plans = search_plans(search)
+        collect.problems.append(Problem("--workload", search["workload"], rule, "leave out one of them"))
+    target, assumed, plans = search_plans(search, collect)
     if output is not None:
         write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n", "--output")
     if as_json:
@@ -117,9 +128,8 @@ def plan(
         start_training(config, data, out, resume=False, replan=None, to_stderr=as_json)
 
 
-def search_plans(search: dict[str, Any]) -> tuple[Target, list[str], PlanSet]:
+def search_plans(search: dict[str, Any], collect: Collector) -> tuple[Target, list[str], PlanSet]:
     """Where to plan for, what was assumed, and what was found; every problem of the request in one error."""
-    collect = Collector()
     target = None
     with collect:
         target = resolve_target(search["gpu"], search["vram"], search["reserve"], search["headless"])
@@ -213,6 +223,7 @@ def apply(plan_file: Path, rank: int, form: str, output: Path | None, max_steps:
     """
     from ..report.exports import nanogpt_config, run_config
 
+    refused().finish()
     data, configs = read_plans(plan_file)
     if rank > len(configs):
         raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {plan_file}"))
@@ -267,7 +278,7 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     vramplan estimate run.toml --gpu 4070
     vramplan estimate --n-layer 12 --n-head 12 --n-embd 768 --batch-size 16 --workload nanogpt --compile
     """
-    collect, target = Collector(), None
+    collect, target = refused(), None
     for name in ("reserve", "headless"):
         if given[name] is not None and given[name] is not False and given["gpu"] is None and given["vram"] is None:
             rule = "means nothing without a card"

@@ -11,7 +11,7 @@ import rich_click as click
 from ..errors import ConfigError, Problem
 from ..planner.plan import plan_gpu, read_plans
 from ..runconfig import RunConfig
-from .options import DEFAULT_MAX_RISK, FilePath, card_options, resolve_target
+from .options import DEFAULT_MAX_RISK, FilePath, card_options, refused, resolve_target
 
 
 @click.command()
@@ -27,6 +27,7 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **ca
     """
     from ..report.risk import build_report, print_report
 
+    refused().finish()
     shape, step, planned, measured = _read(subject, rank)
     asked = card["headless"] or any(card[name] is not None for name in ("gpu", "vram", "reserve"))
     if asked or (step.device == "cpu" and not planned.get("budget_bytes")):
@@ -66,7 +67,7 @@ def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str,
         from ..trainer.rundir import RunDirectory
 
         run = RunDirectory(subject)
-        if not run.config.exists():
+        if not run.exists:
             raise ConfigError(
                 Problem("run", str(subject), "holds no run", "name a run directory, plan or configuration")
             )

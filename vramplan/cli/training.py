@@ -13,9 +13,9 @@ from ..planner.gpu import Gpu, find_gpu
 from ..planner.memory import estimate
 from ..planner.plan import refit
 from ..planner.risk import needed_bytes
-from ..runconfig import RunConfig
+from ..runconfig import DataSection, RunConfig
 from ..units import gib, gib_needed
-from .options import DEFAULT_MAX_RISK, FilePath
+from .options import DEFAULT_MAX_RISK, FilePath, refused
 
 
 @click.command()
@@ -39,17 +39,24 @@ def train(
     vramplan train run.toml --data fineweb.parquet --out runs/first
     vramplan train --resume runs/first
     """
+    collect = refused()
     if resume and out is None and config is not None and config.is_dir():
         out, config = config, None
     if out is None:
         remedy = f"name the run directory: {command('vramplan', 'train', '--resume', 'RUN')}" if resume else ""
-        raise ConfigError(Problem("--out", "missing", "is required", remedy or "name the run directory"))
-    if resume and config is None:
-        loaded = _stored(out)
-    elif config is None:
-        raise ConfigError(Problem("CONFIG", "missing", "is required", "write one with `vramplan apply`"))
-    else:
-        loaded = RunConfig.load(config)
+        collect.problems.append(Problem("--out", "missing", "is required", remedy or "name the run directory"))
+    if config is None and not resume:
+        collect.problems.append(Problem("CONFIG", "missing", "is required", "write one with `vramplan apply`"))
+    loaded = None
+    with collect:
+        loaded = _stored(out) if config is None and out is not None else RunConfig.load(config) if config else None
+    if out is None or loaded is None or collect.problems:
+        if data is not None:  # its column is not known for certain, but the files can be looked at
+            from ..trainer.parquet import find_sources
+
+            with collect:
+                find_sources(data, loaded.data.text_column if loaded else DataSection().text_column)
+        raise collect.error()
     if max_steps is not None:
         train_section = loaded.train.model_copy(update={"max_steps": max_steps})
         loaded = loaded.model_copy(update={"train": train_section})
@@ -60,7 +67,7 @@ def _stored(out: Path) -> RunConfig:
     from ..trainer.rundir import RunDirectory
 
     run = RunDirectory(out)
-    if not run.config.exists():
+    if not run.exists:
         rule = "holds no run to resume" if out.is_dir() else "does not exist"
         raise ConfigError(Problem("--out", str(out), rule, "start the run without --resume"))
     return run.stored_config()
@@ -159,6 +166,7 @@ def free_memory(config: RunConfig) -> tuple[int | None, str]:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def sample(run: Path, device: str, **options: Any) -> None:
     """Write text with the newest checkpoint of a run."""
+    refused().finish()
     import torch
 
     from ..trainer.sample import stream

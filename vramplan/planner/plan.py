@@ -318,6 +318,7 @@ def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig
         raise ConfigError(Problem("plan", str(path), "is not a JSON file that can be read", remedy)) from None
     if not isinstance(data, dict) or "plans" not in data:
         raise ConfigError(Problem("plan", str(path), "is not a plan file", remedy))
+    data = {"gpu": None, "target_parameters": None, **data}
     problems = [p for name in _TOP for p in _top_problems(data, name)]
     entries = data["plans"] if isinstance(data["plans"], list) else []
     for number, entry in enumerate(entries, 1):

@@ -53,6 +53,7 @@ class Checkpoint:
     data: dict[str, Any]
     rng: dict[str, Any]
     config_toml: str
+    last_loss: float | None
     best_val_loss: float | None
 
     @property
@@ -63,7 +64,8 @@ class Checkpoint:
 
 _ENTRIES: dict[str, tuple[type, ...]] = {
     "step": (int,), "tokens_seen": (int,), "model": (dict, OrderedDict), "optimizer": (dict,), "scaler": (dict,),
-    "data": (dict,), "rng": (dict,), "config_toml": (str,), "best_val_loss": (float, type(None)),
+    "data": (dict,), "rng": (dict,), "config_toml": (str,), "last_loss": (float, type(None)),
+    "best_val_loss": (float, type(None)),
 }  # fmt: skip
 
 
@@ -166,6 +168,8 @@ def load(path: Path) -> Checkpoint:
             raise DataError(Problem("checkpoint", str(path), f"has no entry '{name}'"))
         if type(payload[name]) not in kinds:
             raise DataError(Problem("checkpoint", str(path), f"has a wrong entry '{name}'"))
+    if _step_of(path) not in (-1, payload["step"]):
+        raise DataError(Problem("checkpoint", str(path), f"was renamed: it is of step {payload['step']}"))
     return Checkpoint(**{name: payload[name] for name in _ENTRIES})
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import ConfigError, DataError, Problem, Stopped
+from ..files import write_text
 from ..runconfig import DataSection
 from .events import OnEvent, PreparationProgress, PreparationStarted, PreparationWaiting, Prepared, ignore
 from .interrupt import StopAtOnce, StopSignal
-from .lock import locked
+from .lock import LOCK, locked
 from .parquet import Source, find_sources, read_texts
 from .shards import MANIFEST, SPLITS, Manifest, ShardSet, ShardWriter, token_dtype, too_few_tokens
 from .stream import TokenStream
@@ -33,6 +34,8 @@ from .stream import TokenStream
 __all__ = ["ShardSet", "TextEncoder", "TokenStream", "prepare"]
 
 _BUILDING = ".building"
+_MARK = ".vramplan.json"
+"""Says for which settings a folder was begun: only what this program began there is ever replaced."""
 _CANDIDATES = 100_000
 """Documents remembered in case the hash alone holds out too little. Only a small text needs them."""
 
@@ -83,6 +86,7 @@ def prepare(
                     shards, reason = _reusable(out_dir, settings, block_size)
                     reused = shards is not None
                     if shards is None:
+                        write_text(out_dir / _MARK, json.dumps(settings), "shards")
                         on_event(_started(sources, out_dir, tokenizer, reason))
                         builder = _Builder(sources, out_dir, tokenizer, data, on_event, stop)
                         shards = builder.build(settings, source, block_size)
@@ -182,14 +186,20 @@ def _settings(sources: list[Source], tokenizer: TextEncoder, data: DataSection) 
 def _reusable(out_dir: Path, settings: dict[str, Any], block_size: int) -> tuple[ShardSet | None, str]:
     """The shards already in ``out_dir`` if they are the ones wanted; else what is wrong with them, or nothing.
 
-    Raises DataError when they are others: those may belong to a run, and are not replaced.
+    Raises DataError when it holds others, which may belong to a run, or files that this program did not write.
     """
-    if not (out_dir / MANIFEST).exists():
+    if not out_dir.is_dir():
         return None, ""
+    begun = _begun(out_dir) == json.loads(json.dumps(settings))
     try:
         manifest = Manifest.load(out_dir)
     except DataError as error:
-        return None, str(error)
+        if begun:
+            return None, str(error) if (out_dir / MANIFEST).exists() else ""
+        if foreign := sorted(path.name for path in out_dir.iterdir() if path.name != LOCK):
+            rule = f"holds other files ({', '.join(foreign[:3])})"
+            raise DataError(Problem("shards", str(out_dir), rule, "name an empty or new folder")) from None
+        return None, ""
     different = [name for name, value in settings.items() if manifest.settings.get(name) != value]
     other = f"other {' and '.join(different)}" if different else _unsuitable_split(manifest, block_size)
     if other:
@@ -201,6 +211,14 @@ def _reusable(out_dir: Path, settings: dict[str, Any], block_size: int) -> tuple
         return None, str(error)
     damaged = shards.verify()
     return (None, "; ".join(map(str, damaged))) if damaged else (shards, "")
+
+
+def _begun(out_dir: Path) -> Any:
+    """The settings for which this program began to write into the folder; None when it did not."""
+    try:
+        return json.loads((out_dir / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _unsuitable_split(manifest: Manifest, block_size: int) -> str:
@@ -265,6 +283,8 @@ class _Builder:
             _install(self.building, self.out_dir, manifest)
         finally:
             shutil.rmtree(self.building, ignore_errors=True)
+            if not (self.out_dir / MANIFEST).exists() and not any(_shard_files(self.out_dir)):
+                (self.out_dir / _MARK).unlink(missing_ok=True)
         return ShardSet.open(self.out_dir)
 
     def _write_pass(self, held_out: range | frozenset[int]) -> _Pass:
@@ -341,7 +361,7 @@ def _install(building: Path, out_dir: Path, manifest: Manifest) -> None:
     manifest.save(out_dir)
 
 
-def _shard_files(directory: Path) -> Iterable[Path]:
+def _shard_files(directory: Path) -> list[Path]:
     digits = "[0-9]" * 5
     return [path for split in SPLITS for path in directory.glob(f"{split}-{digits}.bin")]
 

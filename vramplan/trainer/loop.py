@@ -226,8 +226,11 @@ class _Trainer:
                 self.train_step.load_scaler_state(checkpoint.scaler)
                 set_rng_state(checkpoint.rng)
             self.step = self.saved_step = checkpoint.step
-        best = checkpoint.best_val_loss if checkpoint else None
-        dropped = self.recorder.restore(self.step, best, self.evaluation.blocks)
+        elif lost := self.recorder.last_checkpoint():
+            rule = f"holds no checkpoint, but {lost} was saved"
+            remedy = "bring it back, or start a new run in another directory"
+            raise DataError(Problem("run_dir", str(self.folder.directory), rule, remedy))
+        dropped = self.recorder.restore(self.step, checkpoint, self.evaluation.blocks)
         self.emit(Resumed(checkpoint=path, step=self.step, tokens_seen=self.tokens_seen, dropped_lines=dropped))
 
     def run(self) -> TrainResult:
@@ -296,11 +299,13 @@ class _Trainer:
                 data=self.stream.state_dict(),
                 rng=rng_state(),
                 config_toml=self.config.to_toml(),
+                last_loss=self.recorder.last_loss,
                 best_val_loss=self.recorder.best_val_loss,
             )
         )
         self.saved_step = self.step
         seconds = time.perf_counter() - start
+        self.recorder.saved(self.step, path.name)
         self.emit(CheckpointSaved(path=path, step=self.step, size_bytes=path.stat().st_size, seconds=seconds))
         return path
 

@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object per line, in the order things happened.
 
-Every line has ``kind`` (``step``, ``evaluation`` or ``stopped``), ``step`` and ``time`` (Unix seconds). Numbers that
-are not finite are written as null, because JSON has no other word for them.
+Every line has ``kind`` (``step``, ``checkpoint``, ``evaluation`` or ``stopped``), ``step`` and ``time`` (Unix seconds).
+Numbers that are not finite are written as null, because JSON has no other word for them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from ..errors import DataError, Problem
 
 Line = dict[str, Any]
 
-_REQUIRED = {"step": ("loss",), "evaluation": ("val_loss", "best_val_loss", "train_loss"), "stopped": ("reason",)}
-_WORDS = ("kind", "reason")
+_REQUIRED = {
+    "step": ("loss",),
+    "evaluation": ("val_loss", "best_val_loss", "train_loss"),
+    "checkpoint": ("file",),
+    "stopped": ("reason",),
+}
+_WORDS = ("kind", "reason", "file")
 """Fields that hold text. All others hold numbers, or null."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from ..runconfig import RunConfig
+from .checkpoint import Checkpoint
 from .events import Evaluated, OnEvent, StepLogged
 from .metrics import Line, MetricsLog, drop_after, read_metrics
 from .step import StepResult
@@ -45,23 +46,31 @@ class Recorder:
             self._log.__exit__(kind, error, trace)
             self._log = None
 
-    def restore(self, step: int, best_val_loss: float | None, blocks: int) -> int:
+    def restore(self, step: int, checkpoint: Checkpoint | None, blocks: int) -> int:
         """Go back to ``step``: drop the lines beyond it (returns how many) and recall the last losses.
 
         The best validation loss is that of the lines that evaluated as many ``blocks`` as are evaluated now; the
-        checkpoint's ``best_val_loss`` serves where there are no lines.
+        checkpoint's serves where there are no lines.
         """
         dropped = drop_after(self.path, step)
         lines = read_metrics(self.path)
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
         for line in evaluations:
             self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
-        for line in lines:
-            if line["kind"] == "step":
-                self.last_loss = line["loss"]
+        self.last_loss = checkpoint.last_loss if checkpoint else None
         comparable = [line["val_loss"] for line in evaluations if line.get("blocks") in (None, blocks)]
-        self.best_val_loss = min(comparable, default=None) if evaluations else best_val_loss
+        kept = checkpoint.best_val_loss if checkpoint else None
+        self.best_val_loss = min(comparable, default=None) if evaluations else kept
         return dropped
+
+    def last_checkpoint(self) -> str | None:
+        """The file name of the last checkpoint that was saved according to the metrics."""
+        saved = [str(line["file"]) for line in read_metrics(self.path) if line["kind"] == "checkpoint"]
+        return saved[-1] if saved else None
+
+    def saved(self, step: int, file: str) -> None:
+        """Record that a checkpoint was saved."""
+        self._write("checkpoint", {"step": step, "file": file})
 
     def step_done(self, step: int, result: StepResult, learning_rate: float, seconds: float, epoch: float) -> None:
         """Count a finished step; log it when a line is due: the first, the last and every ``log_interval``-th."""

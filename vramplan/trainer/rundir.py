@@ -85,10 +85,11 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove what a process that was killed left behind, of a start that got nowhere or half a file."""
-        if not self._used() and self.facts.exists():
+        if not self._used() and self.sessions():
             self._clear(keep=set())
-        for temporary in self.path.glob(".*.tmp"):
-            temporary.unlink()
+        for file in (self.config, self.facts, self.metrics):
+            for temporary in self.path.glob(f".{file.name}*.tmp"):
+                temporary.unlink()
         CheckpointFolder(self.checkpoints).sweep()
 
     def _clear(self, keep: set[str]) -> None:
@@ -119,26 +120,37 @@ class RunDirectory:
             raise DataError(Problem("run_dir", str(self.path), f"cannot be written in {nearest}", remedy))
 
     def _holds_other_config(self, config: RunConfig) -> bool:
-        """Whether there is a ``config.toml`` that somebody may want: not this one, nor that of a failed start."""
-        if not self.config.exists() or self.facts.exists():
+        """Whether there is a ``config.toml`` or ``run.json`` that somebody may want, not of a start that failed."""
+        if self.sessions():
             return False
+        if self.facts.exists():
+            return True
         try:
-            return self.config.read_text(encoding="utf-8") != config.to_toml()
+            return self.config.exists() and self.config.read_text(encoding="utf-8") != config.to_toml()
         except (OSError, UnicodeDecodeError):
             return True
 
     def _check_same(self, config: RunConfig) -> None:
-        if not self.config.exists():
+        if not self.exists:
             rule = "holds no run to resume" if self.path.is_dir() else "does not exist"
             raise DataError(Problem("run_dir", str(self.path), rule, "start the run without --resume"))
         problems = config_differences(self.stored_config(), config)
         if problems:
             raise DataError(problems, source=f"cannot resume {self.path} with another configuration")
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run here: its configuration, or a checkpoint that has it."""
+        return self.config.exists() or bool(CheckpointFolder(self.checkpoints).paths())
+
     def stored_config(self) -> RunConfig:
-        """The configuration the run was started with. Raises DataError when it cannot be read."""
+        """The configuration the run was started with; its checkpoint's when ``config.toml`` is gone.
+
+        Raises DataError when it cannot be read.
+        """
+        found = None if self.config.exists() else CheckpointFolder(self.checkpoints).newest()
         try:
-            return RunConfig.load(self.config)
+            return found[1].config if found else RunConfig.load(self.config)
         except ConfigError as error:
             raise DataError(error.problems, source=str(self.config)) from None
 
