@@ -38,7 +38,7 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
     """
     _check(shape, step)
     granularity = CUDA_GRANULARITY if step.device == "cuda" else 1
-    with FakeTensorMode(), TensorMeter(granularity=granularity) as meter, _operators(step):
+    with FakeTensorMode(), _operators(step), TensorMeter(granularity=granularity) as meter:
         model = GPT(shape, step)
         optimizer = probe_optimizer(model, step)
         train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
@@ -52,6 +52,7 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
             for tokens, targets in random_batches(shape, step):
                 train.micro_step(tokens, targets)
             train.update()
+            del tokens, targets
         gc.collect()
         phase.stay("evaluation")
         with torch.no_grad():
