@@ -11,6 +11,7 @@ import pytest
 
 from vramplan import errors
 from vramplan.errors import (
+    CapExceededError,
     ConfigError,
     DataError,
     DoesNotFitError,
@@ -32,7 +33,8 @@ def test_the_exported_exceptions_are_the_tree_in_the_docstring() -> None:
     tree = [line.strip("│├└─ ").split() for line in (errors.__doc__ or "").splitlines() if "exit code" in line]
     assert {words[0]: int(words[3]) for words in tree} == {n: e.exit_code for n, e in public_errors().items()}
     assert set(public_errors()) == {
-        "VramplanError", "ConfigError", "DataError", "DoesNotFitError", "TokenizerUnavailableError", "Stopped",
+        "VramplanError", "ConfigError", "DataError", "DoesNotFitError", "CapExceededError",
+        "TokenizerUnavailableError", "Stopped",
     }  # fmt: skip
 
 
@@ -43,6 +45,7 @@ def test_the_exported_exceptions_are_the_tree_in_the_docstring() -> None:
         (ConfigError, VramplanError),
         (DataError, ConfigError),
         (DoesNotFitError, VramplanError),
+        (CapExceededError, VramplanError),
         (TokenizerUnavailableError, VramplanError),
         (Stopped, VramplanError),
     ],

@@ -4,6 +4,7 @@ VramplanError                 exit code 1
 ├── ConfigError               exit code 2   bad input: field, value, rule, nearest legal values
 │   └── DataError             exit code 2   the same for Parquet files, shards and run directories
 ├── DoesNotFitError           exit code 3   nothing in the search fits the budget
+├── CapExceededError          exit code 3   a replayed step does not fit under the cap
 ├── TokenizerUnavailableError exit code 1   no source for the merge table could be reached
 └── Stopped                   exit code 128 + the number of the signal that asked for it
 """
@@ -93,6 +94,24 @@ class DoesNotFitError(VramplanError):
     """Nothing that was searched fits the budget; the message names the smallest thing that would."""
 
     exit_code = 3
+
+
+class CapExceededError(VramplanError):
+    """In a replay: a request did not fit under the cap, even after everything cached was given back. In bytes."""
+
+    exit_code = 3
+
+    def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int) -> None:
+        self.requested_bytes, self.allocated_bytes, self.reserved_bytes = (
+            requested_bytes,
+            allocated_bytes,
+            reserved_bytes,
+        )
+        super().__init__(f"{requested_bytes} bytes asked for, {allocated_bytes} allocated, {reserved_bytes} reserved")
+
+    def __reduce__(self) -> tuple[type[CapExceededError], tuple[int, int, int]]:
+        """Pickle by its three numbers, so that the error survives the way out of a worker process."""
+        return type(self), (self.requested_bytes, self.allocated_bytes, self.reserved_bytes)
 
 
 class TokenizerUnavailableError(VramplanError):

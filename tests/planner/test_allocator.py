@@ -17,7 +17,7 @@ from vramplan.planner.allocator import (
     AllocatorSettings,
     Block,
     CachingAllocator,
-    OutOfMemory,
+    CapExceededError,
     replay,
     timeline,
 )
@@ -56,7 +56,7 @@ class Watched:
     def run(self, program: list[int]) -> None:
         for entry in program:
             if entry > 0:
-                with contextlib.suppress(OutOfMemory):
+                with contextlib.suppress(CapExceededError):
                     self.malloc(entry)
             elif -entry <= len(self.living):
                 self.release(-entry - 1)
@@ -169,7 +169,7 @@ def test_a_request_fails_only_when_the_cap_leaves_no_way(program: list[int], req
     failed = None
     try:
         watched.malloc(request)
-    except OutOfMemory as error:
+    except CapExceededError as error:
         failed = error
     watched.check()
     if failed is None:
@@ -302,7 +302,7 @@ def test_cached_segments_are_given_back_before_a_request_fails() -> None:
         allocator.release(block)
     assert allocator.malloc(80 * MIB).size == 80 * MIB
     assert (allocator.reserved_bytes, allocator.retries) == (80 * MIB, 1)
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(CapExceededError) as caught:
         allocator.malloc(30 * MIB)
     assert (caught.value.requested_bytes, caught.value.reserved_bytes) == (30 * MIB, 80 * MIB)
     assert allocator.malloc(20 * MIB).size == 20 * MIB
@@ -312,7 +312,7 @@ def test_a_segment_in_use_in_part_is_not_given_back() -> None:
     allocator = CachingAllocator(AllocatorSettings(cap_bytes=100 * MIB))
     allocator.release(allocator.malloc(60 * MIB))
     allocator.malloc(11 * MIB)  # from the beginning of those 60
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(CapExceededError):
         allocator.malloc(60 * MIB)
     assert allocator.reserved_bytes == 60 * MIB
 

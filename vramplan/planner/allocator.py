@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, Problem, did_you_mean
+from ..errors import CapExceededError, ConfigError, Problem, did_you_mean
 from ..units import MIB
 from .tape import Change
 
@@ -113,16 +113,6 @@ _KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }  # fmt: skip
 
 
-class OutOfMemory(Exception):  # noqa: N818 - torch's name for it
-    """The request did not fit under the cap, even after everything cached was given back."""
-
-    def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int) -> None:
-        super().__init__(f"{requested_bytes} bytes requested, {allocated_bytes} allocated, {reserved_bytes} reserved")
-        self.requested_bytes, self.allocated_bytes, self.reserved_bytes = (
-            requested_bytes, allocated_bytes, reserved_bytes,
-        )  # fmt: skip
-
-
 @dataclass(slots=True, eq=False)
 class Block:
     """A stretch of one segment: in use, free, or (expandable segments) not mapped. Neighbours are linked."""
@@ -185,7 +175,7 @@ class CachingAllocator:
     # ---------------------------------------------------------------- what a program calls
 
     def malloc(self, n_bytes: int) -> Block:
-        """Hand out a block of at least ``n_bytes`` (> 0). Raises OutOfMemory when the cap does not allow it."""
+        """Hand out a block of at least ``n_bytes`` (> 0). Raises CapExceededError when the cap does not allow it."""
         size = self._rounded(n_bytes)
         pool = self._small if size <= SMALL_LIMIT else self._large
         block = self._best_fit(size, pool)
@@ -269,7 +259,7 @@ class CachingAllocator:
             self.retries += 1
             block = self._new(size, pool)
         if block is None:
-            raise OutOfMemory(size, self.allocated_bytes, self.reserved_bytes)
+            raise CapExceededError(size, self.allocated_bytes, self.reserved_bytes)
         return block
 
     def _new(self, size: int, pool: Pool) -> Block | None:
@@ -438,7 +428,7 @@ def _potential(block: Block) -> int:
 
 
 def replay(changes: Iterable[Change], settings: AllocatorSettings | None = None) -> CachingAllocator:
-    """Run allocations and releases; read peaks, retries and fragmentation off the result. Raises OutOfMemory."""
+    """Run allocations and releases; read peaks, retries and fragmentation off the result. Raises CapExceededError."""
     allocator = CachingAllocator(settings)
     living: dict[int, Block] = {}
     malloc, release = allocator.malloc, allocator.release
