@@ -60,6 +60,7 @@ class StepSection(_Section):
     optimizer: Optimizer = "adamw-fused"
     workload: Workload = "vramplan"
     device: DeviceKind = "cuda"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TrainSection(_Section):

@@ -76,7 +76,7 @@ def estimated(shape: Shape, step: StepConfig) -> Estimate:
 def seen_by_the_dispatcher(e: Estimate) -> tuple[int, str, dict[str, int]]:
     """Peak, its phase and the peaks of all phases, without what kernels and cuBLAS take for themselves."""
     live, top, where, phases = 0, 0, "", dict[str, int]()
-    for alloc, row, _, phase in e.changes:
+    for alloc, row, _, phase, _ in e.changes:
         if "(kernel)" not in row.name and row.category != "workspace":
             live += int(row.size) if alloc else -int(row.size)
         phases[phase] = max(phases.get(phase, 0), live)

@@ -68,7 +68,7 @@ search_options = options(
     ),
     click.option(
         "--workload", type=_choice("workload"), default="vramplan", show_default=True,
-        help="Whose memory: our trainer, nanoGPT's train.py, or the usual autocast loop.",
+        help="Whose memory: our trainer, nanoGPT's train.py, the usual autocast loop, or one all in one dtype.",
     ),
     click.option("--token-budget", type=Count(), help="Tokens to train on. [default: 20 per parameter]"),
     click.option("--top", type=click.IntRange(1, 50), default=5, show_default=True, help="Plans to show."),
@@ -269,6 +269,7 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 @click.option("--checkpointing", type=_choice("checkpointing"), help="Of activations. [default: none]")
 @click.option("--optimizer", type=_choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
 @click.option("--workload", type=_choice("workload"), help="Whose script. [default: vramplan]")
+@click.option("--dropout", type=float, help="Of embeddings and branches, in the other workloads. [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_risk: float, **given: Any) -> None:
@@ -340,13 +341,14 @@ def _configuration(
             "checkpointing",
             "optimizer",
             "workload",
+            "dropout",
         )
     }
     step_values |= {field: given[name] for name, field in names.items() if given[name] is not None}
     workload: Workload = step_values.get("workload", "vramplan")
     if workload != "vramplan":
         step_values.setdefault("loss", "full")
-    if workload == "autocast":
+    if workload == "autocast":  # torch's default where nobody asks for fused
         step_values.setdefault("optimizer", "adamw-foreach")
     missing = [f"--{n.replace('_', '-')}" for n in ("n_layer", "n_head", "n_embd") if shape_values[n] is None]
     if step_values.get("batch_size") is None:

@@ -36,6 +36,9 @@ UNSPLIT_SLACK = 20 * MIB
 
 UNLIMITED = 1 << 62
 
+Program = list[tuple[int, int]]
+"""Allocations as (bytes, block) and releases as (0, block), where a block is any number of its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocatorSettings:
@@ -171,26 +174,25 @@ class CachingAllocator:
         self._next_address = 0
         self._small, self._large = Pool(True, SMALL_SEGMENT), Pool(False, s.large_segment_bytes)
         self._collects = s.garbage_collection_threshold > 0 and s.cap_bytes < UNLIMITED
+        self._expandable = s.expandable_segments
+        self._max_split = s.max_split_bytes
+        self._divides = s.roundup_power2_divisions > 1
 
     # ---------------------------------------------------------------- what a program calls
 
     def malloc(self, n_bytes: int) -> Block:
         """Hand out a block of at least ``n_bytes`` (> 0). Raises CapExceededError when the cap does not allow it."""
-        size = self._rounded(n_bytes)
+        size = self._divided(n_bytes) if self._divides else (n_bytes + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
         pool = self._small if size <= SMALL_LIMIT else self._large
-        block = self._best_fit(size, pool)
-        if block is None:
-            block = self._obtain(size, pool)
+        block = self._best_fit(size, pool) or self._obtain(size, pool)
         left = block.size - size
-        if left >= MIN_BLOCK and (
-            pool.small
-            or self.settings.expandable_segments
-            or (left > SMALL_LIMIT and size < self.settings.max_split_bytes)
-        ):
+        finely = pool.small or self._expandable
+        if left >= MIN_BLOCK and (finely or (left > SMALL_LIMIT and size < self._max_split)):
             self._split(block, size)
         block.free = False
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
         return block
 
     def release(self, block: Block) -> None:
@@ -198,6 +200,15 @@ class CachingAllocator:
         self.allocated_bytes -= block.size
         block.free = True
         block.pool.add(self._merged(block))
+
+    def play(self, program: Program, living: dict[int, Block]) -> None:
+        """Run a program whose blocks are looked up in ``living``; releases of others are passed over."""
+        malloc, release = self.malloc, self.release
+        for size, block in program:
+            if size:
+                living[block] = malloc(size)
+            elif block in living:
+                release(living.pop(block))
 
     def empty_cache(self) -> None:
         """Give back every segment, or page of an expandable one, that is free as a whole."""
@@ -220,13 +231,12 @@ class CachingAllocator:
 
     # ---------------------------------------------------------------- finding a block
 
-    def _rounded(self, n_bytes: int) -> int:
-        size = max(MIN_BLOCK, -(-n_bytes // MIN_BLOCK) * MIN_BLOCK)
+    def _divided(self, n_bytes: int) -> int:
         divisions = self.settings.roundup_power2_divisions
-        if divisions > 1 and n_bytes > MIN_BLOCK * divisions:
+        step = MIN_BLOCK
+        if n_bytes > MIN_BLOCK * divisions:
             step = (1 << (n_bytes.bit_length() - 1)) // divisions
-            return -(-n_bytes // step) * step
-        return size
+        return -(-n_bytes // step) * step
 
     def _best_fit(self, size: int, pool: Pool) -> Block | None:
         pool.searches += 1
@@ -234,15 +244,15 @@ class CachingAllocator:
         i = bisect_left(blocks, (size, -1))
         if i == len(blocks):
             return None
-        s = self.settings
-        if s.expandable_segments:
+        if self._expandable:
             # a block at the mapped end counts with what it could grow to: smaller ones are better fits
             while i + 1 < len(blocks) and _potential(blocks[i + 1][2]) < _potential(blocks[i][2]):
                 i += 1
         found = blocks[i][2]
-        if s.max_split_bytes < UNLIMITED:
-            oversize = size >= s.max_split_bytes
-            if (not oversize and found.size >= s.max_split_bytes) or (oversize and found.size >= size + UNSPLIT_SLACK):
+        limit = self._max_split
+        if found.size >= limit:
+            oversize = size >= limit
+            if not oversize or found.size >= size + UNSPLIT_SLACK:
                 return None
         del blocks[i]
         return found
@@ -293,19 +303,27 @@ class CachingAllocator:
 
     def _merged(self, block: Block) -> Block:
         """The block with its free (or, if it is unmapped, unmapped) neighbours."""
-        for other in (block.before, block.after):
-            if other is not None and other.free and other.mapped is block.mapped:
-                if other.mapped:
-                    other.pool.remove(other)
-                else:
-                    other.pool.remove_unmapped(other)
-                first, second = (other, block) if other is block.before else (block, other)
-                first.size += second.size
-                first.after = second.after
-                if second.after is not None:
-                    second.after.before = first
-                block = first
+        before, after, mapped = block.before, block.after, block.mapped
+        if before is not None and before.free and before.mapped is mapped:
+            self._unlist(before)
+            before.size += block.size
+            before.after = after
+            if after is not None:
+                after.before = before
+            block = before
+        if after is not None and after.free and after.mapped is mapped:
+            self._unlist(after)
+            block.size += after.size
+            block.after = after.after
+            if after.after is not None:
+                after.after.before = block
         return block
+
+    def _unlist(self, block: Block) -> None:
+        if block.mapped:
+            block.pool.remove(block)
+        else:
+            block.pool.remove_unmapped(block)
 
     # ---------------------------------------------------------------- giving back
 
@@ -430,14 +448,7 @@ def _potential(block: Block) -> int:
 def replay(changes: Iterable[Change], settings: AllocatorSettings | None = None) -> CachingAllocator:
     """Run allocations and releases; read peaks, retries and fragmentation off the result. Raises CapExceededError."""
     allocator = CachingAllocator(settings)
-    living: dict[int, Block] = {}
-    malloc, release = allocator.malloc, allocator.release
-    for alloc, row, block, _ in changes:
-        if alloc:
-            if row.size > 0:
-                living[block] = malloc(int(row.size))
-        elif block in living:
-            release(living.pop(block))
+    allocator.play([(int(row.size) if alloc else 0, block) for alloc, row, block, _, _ in changes if row.size > 0], {})
     return allocator
 
 

@@ -70,13 +70,13 @@ class CompiledStep(EagerStep):
         t.free(branch, mid)
 
     def _weight_copy(self, name: str, n_out: Ints, n_in: Ints, kept: dict[str, Row]) -> None:
-        if self.e != 4:  # bias copies are fused into the product's epilogue
+        if self.casts:  # bias copies are fused into the product's epilogue
             kept[f"{name}.w"] = self.tape.new(f"{name} weight copy", "weights", self.e * n_out * n_in)
 
     def _full_loss(self) -> Saved:
         t, VN = self.tape, self.V * self.N
         kept: dict[str, Row] = {}
-        if self.e == 2:
+        if self.casts:
             kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
         kept["logits"] = t.new("logits", "logits_and_loss", self.e * VN)
         kept["lse"] = t.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2)
@@ -117,11 +117,11 @@ class CompiledStep(EagerStep):
         if self.step.loss == "chunked":
             return super()._loss_backward(loss)
         t.free(loss["scalars"], loss["lse"])
-        if self.autocast or self.cuda:
+        if self.script or self.cuda:
             dlogits = t.new("gradient of the logits", "logits_and_loss", self.e * self.V * self.N)
         else:
             dlogits = loss.rows["logits"]  # overwritten in place
-        own = loss["logits"] if self.cuda and not self.autocast else None
+        own = loss["logits"] if self.cuda and not self.script else None
         dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
         self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
         t.free(loss["head.w"], own)
@@ -131,7 +131,7 @@ class CompiledStep(EagerStep):
             t.free(dlogits)
         if self.shape.tied:
             return dw
-        self._parameter_gradient("lm_head", dw, self.V * self.h, self.e != 4)
+        self._parameter_gradient("lm_head", dw, self.V * self.h, self.casts)
         return None
 
     def _norm_backward(
@@ -143,7 +143,7 @@ class CompiledStep(EagerStep):
             self._dx = t.row("gradient of the residual stream", "temporaries", self.r * hN)
         t.alloc(self._dx)
         for part in ["weight", "bias"] if self.shape.bias else ["weight"]:
-            self._outputs.append(t.new(f"{name}.{part} gradient", "gradients", 4 * self.h))
+            self._outputs.append(t.new(f"{name}.{part} gradient", "gradients", self.w * self.h))
         t.free(incoming, x, saved[f"{name}.mean"], saved[f"{name}.rstd"])
         if carried is not None:
             t.free_oldest(carried)
@@ -152,7 +152,7 @@ class CompiledStep(EagerStep):
     def _parameter_gradient(self, name: str, fresh: Row, elements: Ints, cast: bool) -> None:
         """Every gradient stays until the graph returns, whether ``.grad`` exists or not."""
         if cast:
-            full = self.tape.new(f"{name} gradient, float32", "gradients", 4 * elements)
+            full = self.tape.new(f"{name} gradient, float32", "gradients", self.w * elements)
             self.tape.free(fresh)
             fresh = full
         self._outputs.append(fresh)
@@ -170,10 +170,10 @@ class CompiledStep(EagerStep):
     def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
         t, h, s = self.tape, self.h, self.shape
         t.free(self._late)
-        self._outputs.append(t.new("wpe gradient", "gradients", 4 * h * s.block_size))
-        self._outputs.append(t.new("wte gradient", "gradients", 4 * s.vocab_size * h))
+        self._outputs.append(t.new("wpe gradient", "gradients", self.w * h * s.block_size))
+        self._outputs.append(t.new("wte gradient", "gradients", self.w * s.vocab_size * h))
         t.free(dx, head_grad)
         if self.accumulates:  # the graph has returned: each gradient is added to ``.grad`` and gone
-            t.free(*self._outputs)
+            t.join(*self._outputs)
             with t.repeat(s.n_layer):
-                t.free(*self._block_outputs)
+                t.join(*self._block_outputs)

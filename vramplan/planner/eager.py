@@ -1,4 +1,4 @@
-"""The tensor table of one eager training step, for our trainer and for the two autocast scripts.
+"""The tensor table of one eager training step, for our trainer and for the three scripts.
 
 It follows the model line by line: what each operation allocates, what autograd keeps for the backward, and when each of
 these is released. The order was read off real allocator traces of ``trainer.model`` (torch 2.13) and, for what CUDA
@@ -20,13 +20,14 @@ class EagerStep(LossRows):
     """Writes the table of one optimizer step of ``shape`` under ``step`` onto a tape."""
 
     _dx: Row
+    _embedding_mask: Row | None = None
 
     def write(self, *, evaluation: bool = True) -> Tape:
         """Persistent state, an evaluation, one micro-step (a later one when accumulating), the optimizer's update."""
         t = self.tape
         t.phase = "persistent"
         self._persistent()
-        if evaluation and not self.autocast:
+        if evaluation and not self.script:
             t.phase = "evaluation"
             self._evaluation()
             t.phase = "persistent"
@@ -62,12 +63,19 @@ class EagerStep(LossRows):
 
     def _embedding_forward(self) -> Row:
         t, hN = self.tape, self.h * self.N
-        looked_up = t.new("token embeddings", "activations", 4 * hN)
-        if self.autocast:
+        w, h = self.w, self.h
+        looked_up = t.new("token embeddings", "activations", w * hN)
+        if self.script:
             # nanoGPT's locals tok_emb and pos_emb live until forward returns
-            self._locals = [looked_up, t.new("position embeddings", "activations", 4 * self.h * self.shape.block_size)]
+            self._locals = [looked_up, t.new("position embeddings", "activations", w * h * self.shape.block_size)]
             t.new("position ids", "inputs", 8 * self.shape.block_size)
-            return t.new("block input", "activations", 4 * hN)
+            x = t.new("block input", "activations", w * hN)
+            if self.dropout:
+                summed = x
+                x = t.new("block input", "activations", w * hN)
+                self._embedding_mask = t.new("dropout mask of the embeddings", "activations", hN)
+                t.free(summed)
+            return x
         x = t.row("block input", "activations", self.r * hN)
         if self.r == 4:
             t.alloc(x)
@@ -89,9 +97,20 @@ class EagerStep(LossRows):
             saved = self._block_saved()
             branch = t.new("mlp output", "activations", self.e * self.h * self.N)
             self._drop_bias_copy("mlp.proj", saved)
+            branch = self._drop(branch, "mlp", saved.rows)
             t.alloc(x)
             t.free(branch)
         return saved
+
+    def _drop(self, branch: Row, name: str, kept: dict[str, Row]) -> Row:
+        """Dropout of a branch: its output replaces it, and a mask of one byte per element is kept."""
+        if not self.dropout:
+            return branch
+        t, hN = self.tape, self.h * self.N
+        dropped = t.new(f"{name} output after dropout", "activations", self.e * hN)
+        kept[f"{name}.mask"] = t.new(f"{name} dropout mask", "activations", hN)
+        t.free(branch)
+        return dropped
 
     def _block_saved(self) -> Saved:
         """A block's forward up to (not including) its last product, keeping everything the backward needs."""
@@ -108,6 +127,7 @@ class EagerStep(LossRows):
         self._weight_copy("attn.proj", self.h, self.h, kept)
         branch = t.new("attn.proj output", "activations", e * hN)
         self._drop_bias_copy("attn.proj", saved)
+        branch = self._drop(branch, "attention", kept)
         kept["mid"] = t.new("residual after attention", "activations", self.r * hN)
         t.free(branch, copied)
         kept |= self._norm_forward("ln_2").rows
@@ -144,7 +164,7 @@ class EagerStep(LossRows):
     def _norm_forward(self, name: str) -> Saved:
         """LayerNorm keeps its input (counted by its producer), mean and 1/std; the linear after it keeps its output."""
         t, kept = self.tape, dict[str, Row]()
-        if self.e != 4 and not self.autocast:
+        if self.casts and not self.autocast:
             kept[f"{name}.w"] = t.new(f"{name} weight copy", "weights", self.e * self.h)
             if self.shape.bias:
                 kept[f"{name}.b"] = t.new(f"{name} bias copy", "weights", self.e * self.h)
@@ -166,7 +186,7 @@ class EagerStep(LossRows):
         return rows.rows[name]
 
     def _weight_copy(self, name: str, n_out: Ints, n_in: Ints, kept: dict[str, Row]) -> None:
-        if self.e == 4:
+        if not self.casts:
             return
         if self.shape.bias:
             kept[f"{name}.b"] = self.tape.new(f"{name} bias copy", "weights", self.e * n_out)
@@ -259,8 +279,8 @@ class EagerStep(LossRows):
             self._dx = t.row("gradient of the residual stream", "temporaries", self.r * hN)
         t.alloc(self._dx)
         parts = ["weight", "bias"] if self.shape.bias else ["weight"]
-        cast = self.e != 4 and not self.autocast
-        small = [t.row(f"{name}.{p} gradient", "gradients", (self.e if cast else 4) * self.h) for p in parts]
+        cast = self.casts and not self.autocast
+        small = [t.row(f"{name}.{p} gradient", "gradients", (self.e if cast else self.w) * self.h) for p in parts]
         t.alloc(*small)
         t.free(incoming, x, saved[f"{name}.w"], saved[f"{name}.b"], saved[f"{name}.mean"], saved[f"{name}.rstd"])
         if carried is not None:
@@ -277,7 +297,7 @@ class EagerStep(LossRows):
             t.free(fresh)
             fresh = full
         if self.accumulates:
-            t.free(fresh)
+            t.join(fresh)
 
     def _linear_backward(self, name: str, n_out: Ints, n_in: Ints, saved: Saved, frees: list[Row | None]) -> Row:
         """Gradients of input, weight and bias of one linear; ``frees`` are tensors only it still held."""
@@ -287,9 +307,9 @@ class EagerStep(LossRows):
         t.alloc(*([din, dw] if self.shape.bias else [dw, din]))
         db = t.new(f"{name}.bias gradient", "gradients", e * n_out) if self.shape.bias else None
         t.free(*frees, saved[f"{name}.w"])
-        self._parameter_gradient(f"{name}.weight", dw, n_out * n_in, e != 4)
+        self._parameter_gradient(f"{name}.weight", dw, n_out * n_in, self.casts)
         if db is not None:
-            self._parameter_gradient(f"{name}.bias", db, n_out, e != 4)
+            self._parameter_gradient(f"{name}.bias", db, n_out, self.casts)
         return din
 
     def _blocks_backward(self, saved: Saved, x: Row, dx: Row) -> None:
@@ -300,12 +320,12 @@ class EagerStep(LossRows):
                 saved = self._block_saved()  # stops early: the last product is not repeated
                 self._drop_bias_copy("mlp.proj", saved)
             t.phase = "block backward"
-            branch = self._branch_gradient()
+            branch = self._branch_gradient(saved["mlp.mask"])
             din = self._linear_backward("mlp.proj", self.h, 4 * self.h, saved, [saved["gelu"], branch])
             dfc = self._gelu_backward(din, saved)
             self._dhidden = self._linear_backward("mlp.fc", 4 * self.h, self.h, saved, [dfc, saved["ln_2"]])
             self._norm_backward("ln_2", saved, saved.rows["mid"], carried=dx)
-            branch = self._branch_gradient()
+            branch = self._branch_gradient(saved["attention.mask"])
             datt = self._linear_backward("attn.proj", self.h, self.h, saved, [branch, saved["joined"]])
             dqkv = self._attention_backward(saved, datt)
             self._dhidden = self._linear_backward("attn.qkv", 3 * self.h, self.h, saved, [dqkv, saved["ln_1"]])
@@ -316,11 +336,15 @@ class EagerStep(LossRows):
         self.tape.free(din, saved["fc"])
         return dfc
 
-    def _branch_gradient(self) -> Row | None:
-        """Where the residual stream is wider than the branch, the branch gets its own narrow copy of the gradient."""
-        if self.r == self.e:
-            return None
-        return self.tape.new("gradient of a branch", "temporaries", self.e * self.h * self.N)
+    def _branch_gradient(self, mask: Row | None = None) -> Row | None:
+        """The branch's own gradient: a narrow copy where the residual stream is wider, and another behind a dropout."""
+        t, size = self.tape, self.e * self.h * self.N
+        narrow = t.new("gradient of a branch", "temporaries", size) if self.r != self.e else None
+        if mask is None:
+            return narrow
+        dropped = t.new("gradient of a branch before dropout", "temporaries", size)
+        t.free(narrow, mask)
+        return dropped
 
     def _attention_backward(self, saved: Saved, datt: Row) -> Row:
         t, s, e, hN = self.tape, self.shape, self.e, self.h * self.N
@@ -364,17 +388,23 @@ class EagerStep(LossRows):
         return padded
 
     def _embedding_backward(self, dx: Row, head_grad: Row | None) -> None:
-        t, h, s = self.tape, self.h, self.shape
-        if self.r != 4:
-            wide = t.new("gradient of the embeddings, float32", "temporaries", 4 * h * self.N)
+        t, h, s, w = self.tape, self.h, self.shape, self.w
+        if self.r != w:
+            wide = t.new("gradient of the embeddings, float32", "temporaries", w * h * self.N)
             t.free(dx)
             dx = wide
-        summed = t.new("position gradient, summed", "gradients", 4 * h * s.block_size)
-        wpe = t.new("wpe gradient", "gradients", 4 * h * s.block_size)
-        t.free(summed, wpe if self.accumulates else None)
-        wte = t.new("wte gradient", "gradients", 4 * s.vocab_size * h)
+        if self._embedding_mask is not None:
+            before = t.new("gradient of the embeddings before dropout", "temporaries", w * h * self.N)
+            t.free(dx, self._embedding_mask)
+            dx = before
+        summed = t.new("position gradient, summed", "gradients", w * h * s.block_size)
+        wpe = t.new("wpe gradient", "gradients", w * h * s.block_size)
+        t.free(summed)
+        if self.accumulates:
+            t.join(wpe)
+        wte = t.new("wte gradient", "gradients", w * s.vocab_size * h)
         t.free(dx)
         if head_grad is not None:
             t.free(head_grad)  # added in place to the tensor that waited
         if self.accumulates:
-            t.free(wte)
+            t.join(wte)

@@ -1,4 +1,4 @@
-"""The loss in the tensor table: full or chunked, in our trainer and under autocast; eager."""
+"""The loss in the tensor table: full or chunked, in our trainer and in the scripts; eager."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class LossRows(StateRows):
     def _full_loss(self) -> Saved:
         t, VN = self.tape, self.V * self.N
         kept: dict[str, Row] = {}
-        if self.e == 2:
+        if self.casts:
             kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
         logits = t.new("logits", "logits_and_loss", self.e * VN)
         if self.autocast:
             kept["logits"] = logits
-        if self.e == 4:
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
+        if self.e == self.w:
+            kept["logp"] = t.new("log-probabilities", "logits_and_loss", self.e * VN)
         elif self.step.workload == "nanogpt":
             # under CUDA autocast log_softmax runs in half precision and nll_loss on a float32 copy that it keeps
             kept["logp"] = t.new("log-probabilities", "logits_and_loss", 2 * VN)
@@ -36,7 +36,7 @@ class LossRows(StateRows):
                 t.free(logits)
             kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
             t.free(upcast)
-        if self.e == 4 and not self.autocast:
+        if self.e == self.w and not self.autocast:
             t.free(logits)
         kept["scalars"] = t.new("loss scalars", "logits_and_loss", 4, times=3)
         return Saved(kept)
@@ -99,23 +99,24 @@ class LossRows(StateRows):
             t.free(loss["scalars"])
             self._dhidden = loss.rows["grad_x"]
             return self._head_gradient(loss.rows["grad_head"])
-        dlogp = t.new("gradient of the log-probabilities", "logits_and_loss", 4 * VN)
+        wide = self.e if self.e == self.w else 4
+        dlogp = t.new("gradient of the log-probabilities", "logits_and_loss", wide * VN)
         t.free(loss["scalars"], loss["logp32"])
         if loss["logp32"] is not None:
             half = t.new("gradient of the log-probabilities, half", "logits_and_loss", 2 * VN)
             t.free(dlogp)
             dlogp = half
-        width = 2 if loss["logp32"] is not None else 4
+        width = 2 if loss["logp32"] is not None else wide
         dlogits = t.new("gradient of the logits", "logits_and_loss", width * VN)
         t.free(dlogp, loss["logp"])
-        if self.e == 2 and width == 4:
+        if self.e < width:
             half = t.new("gradient of the logits, half", "logits_and_loss", 2 * VN)
             t.free(dlogits)
             dlogits = half
         dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
         self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
         t.free(dlogits, loss["head.w"])
-        if self.e == 2:
+        if self.casts:
             full = t.new("gradient of the head, float32", "gradients", 4 * self.V * self.h)
             t.free(dw)
             dw = full
@@ -126,5 +127,5 @@ class LossRows(StateRows):
         if self.shape.tied:
             return dw
         if self.accumulates:
-            self.tape.free(dw)
+            self.tape.join(dw)
         return None

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..units import MIB
-from .allocator import replay
+from .allocator import AllocatorSettings
 from .compiled import CompiledStep
 from .eager import EagerStep
+from .first_steps import replay_first_steps
 from .gpu import Gpu
 from .shape import MAX_FUSED_HEAD_DIM, Ints, Shape
 from .step import DeviceKind, StepConfig
@@ -157,17 +158,19 @@ class Estimate:
         }
 
 
-def estimate(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Estimate:
-    """Enumerate the table of one configuration and replay it through the allocator."""
+def estimate(
+    shape: Shape, step: StepConfig, gpu: Gpu | None = None, settings: AllocatorSettings | None = None
+) -> Estimate:
+    """Enumerate the table of one configuration and replay its first steps through the allocator."""
     changes = unroll(tensor_table(shape, step, gpu))
     live = top = index = 0
-    for i, (alloc, row, _, _) in enumerate(changes):
+    for i, (alloc, row, _, _, _) in enumerate(changes):
         if alloc:
             live += int(row.size)
             if live > top:
                 top, index = live, i
         else:
             live -= int(row.size)
-    reserved = replay(changes).peak_reserved_bytes if step.device == "cuda" else top
+    reserved = replay_first_steps(changes, step, settings).peak_reserved_bytes if step.device == "cuda" else top
     context = context_bytes(gpu, step.device)
     return Estimate(shape, step, tuple(changes), index, top, max(reserved, top), context)

@@ -126,6 +126,8 @@ LOSS_TRAFFIC = {
     # float32 copy 2+4, log_softmax 4+4; gradient of the pick 4, log_softmax backward 4+4+4, copy back 4+2
     "autocast": (36, 24),
     "vramplan": (36, 24),
+    # log_softmax 2+2; gradient of the pick 2, log_softmax backward 2+2+2
+    "plain": (12, 24),
     # float32 copy 2+4, maximum 4, subtract 8, exponential 8, sum 4, divide 8, copy back 4+2
     "chunked": (44, 32),
     # maximum, sum of exponentials, and one read and one write for the gradient
@@ -250,7 +252,7 @@ def _attention_seconds_per_token(shape: Shape, step: StepConfig, gpu: Gpu, peak:
 def _bytes_per_token(shape: Shape, step: StepConfig) -> Numbers:
     """Elementwise traffic of the blocks and of the loss, per token."""
     branch = 2 if step.half else 4
-    residual = branch if step.workload == "vramplan" else 4
+    residual = branch if step.workload in ("vramplan", "plain") else 4
     per_width = BLOCK_TRAFFIC[step.compile].bytes(residual, branch)
     if step.checkpointing == "block":
         per_width += FORWARD_TRAFFIC[step.compile].bytes(residual, branch)
@@ -269,7 +271,7 @@ def _loss_kind(step: StepConfig) -> str:
 
 def _weight_bytes(shape: Shape, step: StepConfig) -> Numbers:
     """Traffic over the weights and their gradients in one step, without the optimizer's."""
-    casts = WEIGHT_CAST_BYTES * shape.matmul_parameters if step.half else 0
+    casts = WEIGHT_CAST_BYTES * shape.matmul_parameters if step.half and step.workload != "plain" else 0
     per_micro_step = casts + EMBEDDING_BYTES * shape.vocab_size * shape.n_embd
     return per_micro_step * step.grad_accum + ACCUMULATE_BYTES * shape.matmul_parameters * (step.grad_accum - 1)
 

@@ -1,7 +1,7 @@
 """The part of the tensor table that outlives a micro-step: weights, gradients, optimizer states, workspaces.
 
 Widths in the comments of the tables: h = n_embd, N = tokens of a micro-batch, V = vocabulary, e = bytes of the compute
-dtype, r = bytes of the residual stream.
+dtype, w = bytes of a weight (and its gradient and moments), r = bytes of the residual stream.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class StateRows:
     def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
         self.shape, self.step = shape, step
         self.cuda = step.device == "cuda"
-        self.autocast = step.workload != "vramplan"
+        self.script = step.workload != "vramplan"
+        self.autocast = step.workload in ("nanogpt", "autocast")
+        self.dropout = step.dropout > 0
         self.h: Ints = shape.n_embd
         self.V: Ints = shape.vocab_size
         self.N: Ints = step.batch_size * shape.block_size
         self.e = 2 if step.half else 4
+        self.w = self.e if step.workload == "plain" else 4
+        self.casts = self.e != self.w  # every product takes half-precision copies of its weights
         self.r = 4 if self.autocast else self.e
         self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
         self.workspace_bytes = workspace_bytes
@@ -75,7 +79,7 @@ class StateRows:
             t.new("loss scale and growth tracker", "optimizer", 4, times=2)
         for name, elements, copies in self._parameters():
             with t.repeat(copies):
-                t.new(name, "weights", 4 * elements)
+                t.new(name, "weights", self.w * elements)
                 self._optimizer_state(name, elements)
         if self.step.optimizer == "adamw8bit":
             t.new("quantisation maps", "optimizer", 1024, times=2)
@@ -85,7 +89,7 @@ class StateRows:
         if self.accumulates:
             for name, elements, copies in self._parameters():
                 with self.tape.repeat(copies):
-                    self.tape.new(f"{name} gradient", "gradients", 4 * elements)
+                    self.tape.new(f"{name} gradient", "gradients", self.w * elements)
 
     def _optimizer_state(self, name: str, elements: Ints) -> None:
         """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32
@@ -99,8 +103,8 @@ class StateRows:
                 t.new(f"{name} {moment}", "optimizer", plain(state))
                 t.new(f"{name} {moment} scales", "optimizer", plain(scales))
             return
-        t.new(f"{name} exp_avg", "optimizer", 4 * elements)
-        t.new(f"{name} exp_avg_sq", "optimizer", 4 * elements)
+        t.new(f"{name} exp_avg", "optimizer", self.w * elements)
+        t.new(f"{name} exp_avg_sq", "optimizer", self.w * elements)
         if not (self.cuda and self.step.optimizer == "adamw-foreach"):
             t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU
 
@@ -114,11 +118,11 @@ class StateRows:
         if self.step.optimizer == "adamw-foreach":
             # sqrt of all second moments of a parameter group at once (torch/optim/adam.py, _multi_tensor_adam); the
             # hand-written loop has one group, the others one for matrices, which are nearly all, and one for the rest
-            t, one_group = self.tape, self.step.workload == "autocast"
+            t, one_group = self.tape, self.step.workload in ("autocast", "plain")
             group = [(n, k, c) for n, k, c in self._parameters() if one_group or _is_matrix(n)]
             for name, elements, copies in group:
                 with t.repeat(copies):
-                    t.new(f"{name} denominator", "temporaries", 4 * elements)
+                    t.new(f"{name} denominator", "temporaries", self.w * elements)
 
 
 def _is_matrix(name: str) -> bool:

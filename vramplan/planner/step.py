@@ -12,7 +12,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 Loss = Literal["full", "chunked"]
 Checkpointing = Literal["none", "block"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw8bit"]
-Workload = Literal["vramplan", "nanogpt", "autocast"]
+Workload = Literal["vramplan", "nanogpt", "autocast", "plain"]
 DeviceKind = Literal["cuda", "cpu"]
 
 LARGEST_COUNT = 2**30
@@ -27,7 +27,10 @@ class StepConfig:
     """One training step. ``batch_size`` and ``grad_accum`` may be numpy arrays; the rest selects a tensor table.
 
     ``workload`` names the script: ``vramplan`` is our trainer; ``nanogpt`` is nanoGPT's train.py; ``autocast`` the
-    common hand-written loop (``cross_entropy(logits.float())`` under autocast, logits kept by the caller).
+    common hand-written loop (``cross_entropy(logits.float())`` under autocast, logits kept by the caller); ``plain``
+    the loop that has everything in one dtype, weights and optimizer states included, and computes the loss in a
+    function of its own (``cross_entropy(logits)``, logits dropped when it returns). ``dropout`` of embeddings and
+    branches is known for the scripts; attention's own costs nothing.
     """
 
     batch_size: Ints = 1
@@ -40,6 +43,7 @@ class StepConfig:
     optimizer: Optimizer = "adamw-fused"
     workload: Workload = "vramplan"
     device: DeviceKind = "cuda"
+    dropout: float = 0.0
 
     @property
     def half(self) -> bool:
@@ -70,7 +74,18 @@ def check_step(step: StepConfig) -> list[Problem]:
         value = getattr(step, field)
         if value not in known:
             problems.append(Problem(field, value, "is not one of the choices", did_you_mean(str(value), known)))
-    script = {"nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop"}.get(step.workload)
+    if not 0 <= step.dropout < 1:
+        problems.append(Problem("dropout", step.dropout, "must be at least 0 and below 1"))
+    elif step.dropout and step.workload == "vramplan":
+        problems.append(Problem("dropout", step.dropout, "does not exist in this trainer", "use 0"))
+    elif step.dropout and step.device == "cpu":
+        rule = "makes a CPU hold the attention scores, which is not modelled"
+        problems.append(Problem("dropout", step.dropout, rule, "use 0, or device=cuda"))
+    if step.workload == "plain" and step.dtype == "float16":
+        problems.append(Problem("dtype", "float16", "as the weights' own dtype does not train", "use bfloat16"))
+    script = {
+        "nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop", "plain": "the plain loop",
+    }.get(step.workload)  # fmt: skip
     if script is not None:
         if step.loss == "chunked":
             problems.append(Problem("loss", "chunked", f"does not exist in {script}", "use loss=full"))

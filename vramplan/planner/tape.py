@@ -46,11 +46,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An allocation (+1), a release of the newest (-1) or of the oldest (-2) living instance of ``row``."""
+    """An allocation (+1), a release of the newest (-1) or of the oldest (-2) living instance of ``row``.
+
+    ``joins``: the release of a gradient that has been added to the one of an earlier micro-step.
+    """
 
     kind: int
     row: Row
     phase: str
+    joins: bool = False
 
 
 @dataclass(slots=True)
@@ -91,6 +95,10 @@ class Tape:
     def free(self, *rows: Row | None) -> None:
         """Release the newest living instance of each row; ``None`` stands for a tensor this configuration lacks."""
         self._open[-1].extend(Event(-1, row, self.phase) for row in rows if row is not None)
+
+    def join(self, *rows: Row) -> None:
+        """Release gradients that were added to ``.grad``; in the first micro-step they become it instead."""
+        self._open[-1].extend(Event(-1, row, self.phase, True) for row in rows)
 
     def free_oldest(self, row: Row) -> None:
         """Release the oldest living instance, for a tensor that is handed on from one repetition to the next."""
@@ -137,12 +145,13 @@ def _scan(events: list[Event | Repeat]) -> tuple[Ints, Ints]:
 
 
 class Change(NamedTuple):
-    """One allocation or release of one instance: ``block`` numbers the instance."""
+    """One allocation or release of one instance: ``block`` numbers the instance; ``joins`` as in :class:`Event`."""
 
     alloc: bool
     row: Row
     block: int
     phase: str
+    joins: bool = False
 
 
 def unroll(tape: Tape) -> list[Change]:
@@ -158,7 +167,7 @@ def unroll(tape: Tape) -> list[Change]:
                 for _ in range(int(event.count)):
                     walk(event.events)
                 continue
-            kind, row, phase = event.kind, event.row, event.phase
+            kind, row, phase, joins = event.kind, event.row, event.phase, event.joins
             stack = living[row.index]
             for _ in range(row.times):
                 if kind > 0:
@@ -166,7 +175,7 @@ def unroll(tape: Tape) -> list[Change]:
                     stack.append(block)
                 else:
                     block = stack.pop() if kind == -1 else stack.pop(0)
-                append(Change(kind > 0, row, block, phase))
+                append(Change(kind > 0, row, block, phase, joins))
 
     walk(tape.events)
     return changes
