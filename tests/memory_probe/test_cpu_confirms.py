@@ -123,8 +123,8 @@ def estimated(config: tuple[Shape, StepConfig]) -> Estimate:
 
 
 def persistent(e: Estimate) -> int:
-    """Weights and optimizer states, without the gradients that accumulation keeps."""
-    return sum(int(c.row.size) for c in e.changes if c.phase == "persistent" and c.row.category != "gradients")
+    """Weights, optimizer states, and the gradients that accumulation keeps."""
+    return e.persistent_bytes
 
 
 @pytest.mark.parametrize("config", CASES)
@@ -192,6 +192,7 @@ class Steps:
         self.model = GPT(shape, step)
         self.optimizer = build_optimizer(self.model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
         self._train = TrainStep(self.model, self.optimizer, step, grad_clip=1.0, device=torch.device("cpu"))
+        self._train.allocate()
 
     def run(self) -> None:
         self._train(self._batches(), 1e-3)

@@ -119,4 +119,4 @@ def test_confirmed_plans_fit_with_what_the_allocator_reserves():
     assert kept
     for fit in kept:
         assert needed_bytes(fit.estimate.process_bytes, fit.candidate.step, 0.01) <= budget
-        assert fit.estimate.peak_allocated_bytes == fit.candidate.allocated_bytes
+        assert fit.estimate.peak_table_bytes == fit.candidate.allocated_bytes

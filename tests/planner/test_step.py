@@ -23,7 +23,19 @@ def test_our_own_trainer_combines_everything(loss: str, checkpointing: str, opti
     assert fields(StepConfig(loss=loss, checkpointing=checkpointing, optimizer=optimizer)) == []
 
 
-@pytest.mark.parametrize("workload", ["nanogpt", "autocast"])
+def test_dropout_is_known_for_the_scripts_on_a_gpu() -> None:
+    assert fields(StepConfig(workload="plain", loss="full", dropout=0.1)) == []
+    for wrong in ({"dropout": 0.1}, {"dropout": 1.0}, {"dropout": -0.1},
+                  {"workload": "plain", "loss": "full", "dropout": 0.1, "device": "cpu"}):  # fmt: skip
+        assert fields(StepConfig(**wrong)) == ["dropout"]
+
+
+def test_weights_in_float16_do_not_train() -> None:
+    assert fields(StepConfig(workload="plain", loss="full", dtype="float16")) == ["dtype"]
+    assert fields(StepConfig(workload="plain", loss="full", dtype="float32")) == []
+
+
+@pytest.mark.parametrize("workload", ["nanogpt", "autocast", "plain"])
 def test_other_peoples_scripts_lack_what_they_lack(workload: str) -> None:
     assert fields(StepConfig(workload=workload, loss="full")) == []
     assert fields(StepConfig(workload=workload, loss="chunked")) == ["loss"]

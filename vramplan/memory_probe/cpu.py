@@ -29,7 +29,7 @@ from .meter import TensorMeter
 class StepMeasurement:
     """One metered optimizer step and an evaluation after it, over as many batches as the step has micro-batches.
 
-    ``persistent_bytes`` are alive before the step: weights and optimizer states, no gradients.
+    ``persistent_bytes`` are alive before the step: weights, optimizer states, gradients that accumulate.
 
     ``peak_operation`` is the dispatcher's name of the operation whose result made the peak, for example
     ``aten.mm.default``; ``phase_peaks`` are the most bytes alive within each phase, in order of first appearance;
@@ -122,6 +122,7 @@ def measure_cpu_step(
         model = GPT(shape, step)
         optimizer = probe_optimizer(model, step)
         train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
+        train.allocate()
         phase = Phase(model, optimizer)
         meter.phase_of = lambda: phase.name
         persistent = 0

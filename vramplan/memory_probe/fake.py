@@ -42,6 +42,7 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
         model = GPT(shape, step)
         optimizer = probe_optimizer(model, step)
         train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
+        train.allocate()
         phase = Phase(model, optimizer)
         meter.phase_of = lambda: phase.name
         persistent = 0

@@ -74,6 +74,8 @@ class CompiledStep(EagerStep):
             kept[f"{name}.w"] = self.tape.new(f"{name} weight copy", "weights", self.e * n_out * n_in)
 
     def _full_loss(self) -> Saved:
+        if self.step.workload == "plain":  # its loss is a function outside the compiled model
+            return super()._full_loss()
         t, VN = self.tape, self.V * self.N
         kept: dict[str, Row] = {}
         if self.casts:
@@ -114,7 +116,7 @@ class CompiledStep(EagerStep):
 
     def _loss_backward(self, loss: Saved) -> Row | None:
         t = self.tape
-        if self.step.loss == "chunked":
+        if self.step.loss == "chunked" or self.step.workload == "plain":
             return super()._loss_backward(loss)
         t.free(loss["scalars"], loss["lse"])
         if self.script or self.cuda:

@@ -27,11 +27,10 @@ class EagerStep(LossRows):
         t = self.tape
         t.phase = "persistent"
         self._persistent()
+        self._kept_gradients()
         if evaluation and not self.script:
             t.phase = "evaluation"
             self._evaluation()
-            t.phase = "persistent"
-        self._kept_gradients()
         t.phase = "forward"
         kept_logits = self._caller_keeps()
         inputs = [t.new(name, "inputs", 8 * self.N) for name in ("tokens", "targets")]

@@ -1,21 +1,22 @@
 """What the beginning of a run makes the allocator reserve.
 
-One step alone does not decide it. Where optimizer states come into being only in the first update, as torch's own do,
-they are cut out of cached blocks that the second step then misses; accumulated gradients appear during the first
-micro-step's backward; and a step that begins in another step's cache may need a segment more. So the first steps are
-played in their order until the reserved bytes no longer grow.
+One step alone does not decide it: a step that begins in another's cache may need a segment more. In most scripts
+optimizer states come into being only in the first update, cut out of cached blocks that the second step then misses,
+and accumulated gradients during the first micro-step's backward, between activations. Our trainer allocates both before
+step 0, where they lie side by side. So the first steps are played in their order until the reserved bytes no longer
+grow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .allocator import AllocatorSettings, Block, CachingAllocator, Program
+from .allocator import SMALL_LIMIT, AllocatorSettings, Block, CachingAllocator, Program
 from .step import StepConfig
 from .tape import Change
 
 MOST_STEPS = 5
-"""No configuration that was tried grew after its third step."""
+"""By then the configurations that were tried had stopped growing."""
 
 
 def replay_first_steps(
@@ -28,16 +29,20 @@ def replay_first_steps(
     """
     allocator = CachingAllocator(settings)
     living: dict[int, Block] = {}
-    weights, states = _persistent(changes)
+    weights, states, gradients = _persistent(changes)
     evaluation = _program(c for c in changes if c.phase == "evaluation")
     update = _program(c for c in changes if c.phase == "optimizer step")
     own = [c for c in changes if c.phase not in ("persistent", "evaluation", "optimizer step")]
-    gradients = {c.block for c in own if c.joins} or {c.block for c in own if c.row.category == "gradients"}
-    micro_steps = [_program(c for c in own if not c.joins)]
-    if step.grad_accum > 1:
-        micro_steps.append(_program(own))
-    lazily = step.workload != "vramplan"  # our trainer makes the states before step 0
-    for program in (weights, [] if lazily else states, evaluation):
+    lazily = step.workload != "vramplan"
+    micro_steps = [_program(own)]
+    stay = {c.block for c in own if c.row.category == "gradients"}
+    if lazily and step.grad_accum > 1:
+        stay = {c.block for c in own if c.joins}
+        micro_steps.insert(0, _program(c for c in own if not c.joins))
+    # small requests have segments of their own, in which a later step finds its places again
+    small = {c.block for c in own if c.alloc and c.row.size <= SMALL_LIMIT} - stay
+    later = [[entry for entry in program if entry[1] not in small] for program in micro_steps]
+    for program in (weights, *(() if lazily else (states, gradients)), evaluation):
         allocator.play(program, living)
     persistent = dict(living)
     for number in range(MOST_STEPS):
@@ -47,7 +52,7 @@ def replay_first_steps(
             living = {}
             allocator.play(micro_step, living)
             for block, handle in living.items():
-                if block in gradients:
+                if block in stay:
                     kept.append(handle)
                 else:
                     allocator.release(handle)
@@ -59,15 +64,18 @@ def replay_first_steps(
             allocator.release(handle)
         if allocator.peak_reserved_bytes == before and number > lazily:
             break
+        if number >= lazily:  # the states are there: everything has been alive at once
+            micro_steps = later
     return allocator
 
 
-def _persistent(changes: Iterable[Change]) -> tuple[Program, Program]:
-    """Weights and workspaces; and the optimizer's states."""
-    rows = [c for c in changes if c.phase == "persistent" and c.row.category != "gradients"]
+def _persistent(changes: Iterable[Change]) -> tuple[Program, Program, Program]:
+    """Weights and workspaces; the optimizer's states; and the gradients that accumulate."""
+    rows = [c for c in changes if c.phase == "persistent"]
     return (
-        _program(c for c in rows if c.row.category != "optimizer"),
+        _program(c for c in rows if c.row.category not in ("optimizer", "gradients")),
         _program(c for c in rows if c.row.category == "optimizer"),
+        _program(c for c in rows if c.row.category == "gradients"),
     )
 
 

@@ -62,6 +62,13 @@ def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> In
     return peak(tensor_table(shape, step, gpu, evaluation=False))
 
 
+def state_bytes(shape: Shape, step: StepConfig) -> Ints:
+    """Bytes of weights, optimizer states and workspaces, vectorised; what a change of optimizer alone changes."""
+    table = EagerStep(shape, step)
+    table.write_state()
+    return peak(table.tape)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorBytes:
     """One line of a breakdown: all living tensors of one name together."""
@@ -73,12 +80,17 @@ class TensorBytes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything known about one configuration's memory. Sizes in bytes."""
+    """Everything known about one configuration's memory. Sizes in bytes.
+
+    ``peak_table_bytes`` are the table's tensors at their peak, each rounded to 512 B on CUDA. ``peak_allocated_bytes``
+    is what torch.cuda.max_memory_allocated would say: there a block that was not worth splitting counts as a whole.
+    """
 
     shape: Shape
     step: StepConfig
     changes: tuple[Change, ...]
     peak_index: int
+    peak_table_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     context_bytes: int
@@ -119,10 +131,11 @@ class Estimate:
 
     @cached_property
     def breakdown(self) -> dict[str, int]:
-        """Bytes per category at the peak; with ``fragmentation`` and ``context`` it adds up to ``process_bytes``."""
+        """Bytes per category at the peak; with what the allocator adds and ``context`` it is ``process_bytes``."""
         parts: dict[str, int] = dict.fromkeys((str(c) for c in CATEGORIES), 0)
         for row in self.alive_at_peak:
             parts[row.category] += row.n_bytes
+        parts["rounding"] = self.peak_allocated_bytes - self.peak_table_bytes
         parts["fragmentation"] = self.peak_reserved_bytes - self.peak_allocated_bytes
         parts["context"] = self.context_bytes
         return parts
@@ -171,6 +184,9 @@ def estimate(
                 top, index = live, i
         else:
             live -= int(row.size)
-    reserved = replay_first_steps(changes, step, settings).peak_reserved_bytes if step.device == "cuda" else top
+    allocated = reserved = top
+    if step.device == "cuda":
+        replayed = replay_first_steps(changes, step, settings)
+        allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
     context = context_bytes(gpu, step.device)
-    return Estimate(shape, step, tuple(changes), index, top, max(reserved, top), context)
+    return Estimate(shape, step, tuple(changes), index, top, allocated, reserved, context)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, Problem
 from .gpu import Gpu
-from .memory import Estimate, context_bytes, estimate, peak_allocated
+from .memory import Estimate, context_bytes, estimate, peak_allocated, state_bytes
 from .risk import needed_bytes
 from .shape import Shape, divisors
 from .speed import flops_per_token, tokens_per_second
@@ -146,6 +146,9 @@ def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, 
     """For each discrete mode, over (shape, batch, slice) flattened: the step with arrays, shape indices, allocated."""
     batches = np.array(grid.batches, dtype=np.int64)
     sequences = grid.tokens_per_step // grid.shapes[0].block_size
+    every = _stack(grid.shapes, np.arange(len(grid.shapes)))
+    states = {name: state_bytes(every, StepConfig(optimizer=name, device=grid.device)) for name in grid.optimizers}
+    fused: dict[tuple[StepConfig, bool], Numbers] = {}
     for mode in grid.modes():
         chunks = np.array(grid.loss_chunks if mode.loss == "chunked" else (mode.loss_chunk_tokens,), dtype=np.int64)
         for part in (batches[batches < sequences], batches[batches == sequences]):
@@ -154,7 +157,14 @@ def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, 
                     a.ravel() for a in np.meshgrid(np.arange(len(grid.shapes)), part, chunks, indexing="ij")
                 )
                 step = replace(mode, batch_size=batch, grad_accum=sequences // batch, loss_chunk_tokens=chunk)
-                allocated = peak_allocated(_stack(grid.shapes, index), step, gpu)
+                key = replace(mode, optimizer="adamw-fused"), part[0] == sequences
+                if mode.optimizer == "adamw8bit" and key in fused:
+                    # the states are all that differs, and they are alive at the peak whatever it is
+                    allocated = fused[key] + (states["adamw8bit"] - states["adamw-fused"])[index]
+                else:
+                    allocated = peak_allocated(_stack(grid.shapes, index), step, gpu)
+                    if mode.optimizer == "adamw-fused":
+                        fused[key] = allocated
                 yield step, index, np.broadcast_to(allocated, batch.shape)
 
 

@@ -70,6 +70,11 @@ class StateRows:
             outer.append(("lm_head", s.vocab_size * h))
         return [(n, k, 1) for n, k in outer] + [(n, k, s.n_layer) for n, k in block]
 
+    def write_state(self) -> None:
+        """Write only what lives as long as the run: weights, optimizer states, workspaces."""
+        self.tape.phase = "persistent"
+        self._persistent()
+
     def _persistent(self) -> None:
         t = self.tape
         if self.workspace_bytes:
@@ -85,7 +90,10 @@ class StateRows:
             t.new("quantisation maps", "optimizer", 1024, times=2)
 
     def _kept_gradients(self) -> None:
-        """With accumulation ``.grad`` lives from the first micro-step to the update; between steps it is None."""
+        """With accumulation our trainer keeps ``.grad`` allocated from before step 0 on.
+
+        In a script it appears in the first micro-step's backward and goes after the update; then it is None.
+        """
         if self.accumulates:
             for name, elements, copies in self._parameters():
                 with self.tape.repeat(copies):

@@ -26,7 +26,7 @@ BREAKDOWN = (
     ("activations", ("activations", "inputs")),
     ("logits and loss", ("logits_and_loss",)),
     ("temporaries", ("temporaries",)),
-    ("allocator slack", ("fragmentation",)),
+    ("allocator slack", ("rounding", "fragmentation")),
 )
 
 

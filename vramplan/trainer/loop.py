@@ -235,6 +235,7 @@ class _Trainer:
 
     def run(self) -> TrainResult:
         """Train to the end, or to a signal."""
+        self.train_step.allocate()
         session = describe_session(self.config, self.device, self.shards, self.step, self.evaluation.blocks)
         notes = [*self._notes(), *session_notes(self.dir.sessions(), session)]
         self.dir.add_session(session)

@@ -14,6 +14,7 @@ from torch.autograd.profiler import record_function
 from ..planner.step import StepConfig
 from .loss import next_token_loss
 from .model import GPT
+from .optimizer import allocate_states
 
 MicroBatches = Iterable[tuple[Tensor, Tensor]]
 
@@ -44,7 +45,8 @@ class TrainStep:
     """Runs whole optimizer steps of ``model`` with ``optimizer``, as ``step`` says.
 
     float16 uses dynamic loss scaling; a step whose gradients overflow is skipped by the scaler and its scale halved.
-    Gradients are ``None`` between steps.
+    Between steps gradients are ``None``, or with accumulation zero: they would be alive at the peak in any case, and in
+    their old place they leave no holes behind.
     """
 
     def __init__(
@@ -60,6 +62,14 @@ class TrainStep:
         self.grad_clip, self.device = grad_clip, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
         self._forward: Callable[[Tensor, Tensor], Tensor] = _compiled(model) if step.compile else model
+
+    def allocate(self) -> None:
+        """Make optimizer states, and gradients that accumulate, before the first step that needs them."""
+        allocate_states(self.optimizer)
+        if self.step.grad_accum > 1:
+            for p in self.model.parameters():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
 
     def __call__(self, micro_batches: MicroBatches, learning_rate: float) -> StepResult:
         """Run one optimizer step over exactly ``grad_accum`` micro-batches of (B, T) int64 tokens and targets."""
@@ -90,7 +100,7 @@ class TrainStep:
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.step.grad_accum == 1)
         return norm
 
     def evaluate(self, micro_batches: MicroBatches) -> float:
