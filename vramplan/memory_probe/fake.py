@@ -38,7 +38,7 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
     """
     _check(shape, step)
     granularity = CUDA_GRANULARITY if step.device == "cuda" else 1
-    with FakeTensorMode(), _operators(step), TensorMeter(granularity=granularity) as meter:
+    with FakeTensorMode(), cuda_operators(step), TensorMeter(granularity=granularity) as meter:
         model = GPT(shape, step)
         optimizer = probe_optimizer(model, step)
         train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
@@ -63,28 +63,37 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
 
 
 @contextlib.contextmanager
-def _operators(step: StepConfig) -> Iterator[None]:
+def cuda_operators(step: StepConfig) -> Iterator[None]:
     """Within the block the model's operations are those of ``step.device``."""
     if step.device != "cuda":
         yield
         return
     statistics = _CudaStatistics()  # type: ignore[no-untyped-call]
-    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention), statistics:
+    attention = mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)
+    with attention, mock.patch.object(F, "dropout", _dropout), statistics:
         yield
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """CUDA's own operator, which keeps a mask of one byte per element."""
+    out: Tensor = torch.ops.aten.native_dropout(x, p, training)[0]
+    return out
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_p: float = 0.0) -> Tensor:
     """FlashAttention in half precision, else memory-efficient attention: what CUDA dispatches to.
 
     FlashAttention takes head widths in multiples of 8: others are padded (ATen transformers/attention.cpp).
     """
     if q.dtype == torch.float32:
-        out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal)[0]
+        out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[
+            0
+        ]
         return out
     width = q.shape[-1]
     if width % 8:
         q, k, v = (F.pad(part, (0, 8 - width % 8)) for part in (q, k, v))
-    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
     return out[..., :width]
 
 

@@ -81,6 +81,8 @@ class CompiledStep(EagerStep):
         if self.casts:
             kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
         kept["logits"] = t.new("logits", "logits_and_loss", self.e * VN)
+        if self.loss_outside:
+            self._leave_forward()
         kept["lse"] = t.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2)
         kept["scalars"] = t.new("loss scalars", "logits_and_loss", 4, times=3)
         return Saved(kept)

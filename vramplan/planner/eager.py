@@ -32,15 +32,15 @@ class EagerStep(LossRows):
             t.phase = "evaluation"
             self._evaluation()
         t.phase = "forward"
-        kept_logits = self._caller_keeps()
+        self._kept_logits = self._caller_keeps()
         inputs = [t.new(name, "inputs", 8 * self.N) for name in ("tokens", "targets")]
         x = self._embedding_forward()
         saved = self._blocks_forward(x)
         final = self._norm_forward("ln_f")
         t.phase = "loss forward"
         loss = self._loss_forward()
-        t.free(kept_logits)  # the caller's name is bound to the new logits only now
-        self._leave_forward()
+        if not self.loss_outside:
+            self._leave_forward()
         if self.step.loss == "chunked":
             t.free(final["ln_f"])  # its gradient is known already: only the model's local name held it
         if self.step.workload == "nanogpt":
@@ -243,7 +243,8 @@ class EagerStep(LossRows):
         return n_bytes - self._padded(n_bytes) if self.pads else n_bytes
 
     def _leave_forward(self) -> None:
-        self.tape.free(*self._locals, self._full_norm)
+        """The model's locals go, and the caller's name is bound to the new logits."""
+        self.tape.free(self._kept_logits, *self._locals, self._full_norm)
 
     # ---------------------------------------------------------------- evaluation
 

@@ -13,6 +13,9 @@ class LossRows(StateRows):
 
     _dhidden: Row
 
+    def _leave_forward(self) -> None:
+        raise NotImplementedError
+
     def _loss_forward(self) -> Saved:
         return self._chunked_loss() if self.step.loss == "chunked" else self._full_loss()
 
@@ -22,6 +25,8 @@ class LossRows(StateRows):
         if self.casts:
             kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
         logits = t.new("logits", "logits_and_loss", self.e * VN)
+        if self.loss_outside:
+            self._leave_forward()
         if self.autocast:
             kept["logits"] = logits
         if self.e == self.w:

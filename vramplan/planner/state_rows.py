@@ -37,6 +37,7 @@ class StateRows:
         self.cuda = step.device == "cuda"
         self.script = step.workload != "vramplan"
         self.autocast = step.workload in ("nanogpt", "autocast")
+        self.loss_outside = step.workload in ("autocast", "plain")  # the model has returned when it is computed
         self.dropout = step.dropout > 0
         self.h: Ints = shape.n_embd
         self.V: Ints = shape.vocab_size
@@ -51,6 +52,7 @@ class StateRows:
         self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
         self._locals: list[Row] = []
         self._full_norm: Row | None = None
+        self._kept_logits: Row | None = None
         self.tape = Tape(CUDA_GRANULARITY if self.cuda else 1)
 
     def _parameters(self) -> list[tuple[str, Ints, Ints]]:
