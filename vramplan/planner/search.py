@@ -147,25 +147,34 @@ def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, 
     batches = np.array(grid.batches, dtype=np.int64)
     sequences = grid.tokens_per_step // grid.shapes[0].block_size
     every = _stack(grid.shapes, np.arange(len(grid.shapes)))
-    states = {name: state_bytes(every, StepConfig(optimizer=name, device=grid.device)) for name in grid.optimizers}
-    fused: dict[tuple[StepConfig, bool], Numbers] = {}
+    states: dict[StepConfig, Numbers] = {}
+    peaks: dict[tuple[StepConfig, bool], Numbers] = {}
     for mode in grid.modes():
+        base = _same_but_for_states(mode)
+        for m in (mode, base):
+            key = replace(StepConfig(), optimizer=m.optimizer, dtype=m.dtype, device=m.device, workload=m.workload)
+            if key not in states:
+                states[key] = state_bytes(every, key)
+            states[m] = states[key]
         chunks = np.array(grid.loss_chunks if mode.loss == "chunked" else (mode.loss_chunk_tokens,), dtype=np.int64)
         for part in (batches[batches < sequences], batches[batches == sequences]):
             if len(part):
                 index, batch, chunk = (
                     a.ravel() for a in np.meshgrid(np.arange(len(grid.shapes)), part, chunks, indexing="ij")
                 )
-                step = replace(mode, batch_size=batch, grad_accum=sequences // batch, loss_chunk_tokens=chunk)
-                key = replace(mode, optimizer="adamw-fused"), part[0] == sequences
-                if mode.optimizer == "adamw8bit" and key in fused:
-                    # the states are all that differs, and they are alive at the peak whatever it is
-                    allocated = fused[key] + (states["adamw8bit"] - states["adamw-fused"])[index]
-                else:
-                    allocated = peak_allocated(_stack(grid.shapes, index), step, gpu)
-                    if mode.optimizer == "adamw-fused":
-                        fused[key] = allocated
+                arrays = {"batch_size": batch, "grad_accum": sequences // batch, "loss_chunk_tokens": chunk}
+                which = base, bool(part[0] == sequences)
+                if which not in peaks:
+                    peaks[which] = peak_allocated(_stack(grid.shapes, index), replace(base, **arrays), gpu)
+                allocated = peaks[which] + (states[mode] - states[base])[index]
+                step = replace(mode, **arrays)
                 yield step, index, np.broadcast_to(allocated, batch.shape)
+
+
+def _same_but_for_states(mode: StepConfig) -> StepConfig:
+    """The mode that differs only in what is alive all the time: 8-bit states, float16's loss scale."""
+    optimizer: Optimizer = "adamw-fused" if mode.optimizer == "adamw8bit" else mode.optimizer
+    return replace(mode, optimizer=optimizer, dtype="bfloat16" if mode.dtype == "float16" else mode.dtype)
 
 
 def _stack(shapes: tuple[Shape, ...], index: Any) -> Shape:
