@@ -99,6 +99,30 @@ CASES = [
     case("half", 4, tied=False, **BLOCK, **FP16, **EIGHT_BIT),
     case("half", 1, **chunked(32), **BLOCK, **BF16, **EIGHT_BIT),
     case("half", 1, grad_accum=3, **FP16, **chunked(32), **BLOCK, **FOREACH),
+    case("wide vocabulary", 1),
+    case("wide vocabulary", 2, bias=True, tied=False),
+    case("wide vocabulary", 16, **chunked(1024)),
+    case("wide vocabulary", 8, grad_accum=3, **BLOCK, **FOREACH),
+    case("wide vocabulary", 4, **chunked(64), **EIGHT_BIT),
+    case("deep", 1, grad_accum=3),
+    case("deep", 16, tied=False, **FOREACH),
+    case("deep", 8, bias=True, **chunked(256), **BLOCK),
+    case("deep", 2, grad_accum=3, **chunked(32), **EIGHT_BIT),
+    case("deep", 8, tied=False, **BLOCK, **EIGHT_BIT),
+    case("one layer", 32),
+    case("one layer", 4, bias=True, grad_accum=3, **FOREACH),
+    case("one layer", 16, tied=False, **chunked(512)),
+    case("one layer", 2, **BLOCK, **EIGHT_BIT),
+    case("all embedding", 8),
+    case("all embedding", 2, grad_accum=3, tied=False, **chunked(8), **BLOCK),
+    case("all embedding", 16, bias=True, **chunked(64), **FOREACH),
+    case("all blocks", 16),
+    case("all blocks", 8, bias=True, tied=False, **BLOCK),
+    case("all blocks", 2, grad_accum=3, **chunked(16), **BLOCK, **FOREACH),
+    case("all blocks", 8, **chunked(128), **EIGHT_BIT),
+    case("odd", 3, **chunked(47)),
+    case("odd", 7, bias=True, tied=False, grad_accum=3, **FOREACH),
+    case("odd", 9, **BLOCK),
 ]
 CONFIGS: list[tuple[Shape, StepConfig]] = [case.values[0] for case in CASES]
 
@@ -148,7 +172,7 @@ def test_every_phase_is_estimated_not_only_the_highest(config: tuple[Shape, Step
 
 
 def test_the_cases_cover_every_setting() -> None:
-    assert len(CONFIGS) == len(set(CONFIGS)) >= 30
+    assert len(CONFIGS) == len(set(CONFIGS)) >= 60
     for field, values in {
         "dtype": {"float32", "bfloat16", "float16"},
         "loss": {"full", "chunked"},

@@ -1,0 +1,68 @@
+"""Seconds in which the closed form evaluates a million configurations, for each kind of table.
+
+    python benchmarks/closed_form.py
+
+Must stay under 1 s. Prints one line for each kind, and the time of one full estimate with its replay.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from vramplan.planner.memory import estimate, peak_allocated
+from vramplan.planner.shape import Shape
+from vramplan.planner.step import StepConfig
+
+CONFIGURATIONS = 1_000_000
+AT_ONCE = 8_000
+"""So that the arrays stay in the cache."""
+
+KINDS = {
+    "eager, full loss": StepConfig(loss="full"),
+    "eager, chunked loss, accumulation": StepConfig(grad_accum=8),
+    "eager, float32, checkpointing": StepConfig(dtype="float32", checkpointing="block"),
+    "compiled, full loss": StepConfig(loss="full", compile=True),
+    "nanoGPT": StepConfig(loss="full", workload="nanogpt"),
+}
+
+
+def million(step: StepConfig) -> float:
+    """Seconds for a million random shapes and batches."""
+    rng = np.random.default_rng(0)
+    layers, heads = rng.integers(1, 49, CONFIGURATIONS), rng.integers(1, 26, CONFIGURATIONS)
+    batch, block = rng.integers(1, 65, CONFIGURATIONS), 256 * rng.integers(1, 9, CONFIGURATIONS)
+    names = StepConfig.__dataclass_fields__
+    start = time.perf_counter()
+    for begin in range(0, CONFIGURATIONS, AT_ONCE):
+        part = slice(begin, begin + AT_ONCE)
+        shape = Shape(n_layer=layers[part], n_head=heads[part], n_embd=64 * heads[part], block_size=block[part])
+        peak_allocated(shape, StepConfig(**{name: getattr(step, name) for name in names} | {"batch_size": batch[part]}))
+    return time.perf_counter() - start
+
+
+def median(run: Callable[[], object], times: int = 15) -> float:
+    """Median seconds of a call."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    for name, step in KINDS.items():
+        print(f"{name:36} {million(step):.2f} s for a million")
+    for layers, width, heads in ((12, 768, 12), (24, 1024, 16), (48, 1600, 25)):
+        shape = Shape(n_layer=layers, n_head=heads, n_embd=width)
+        for step in (StepConfig(batch_size=8, grad_accum=8), StepConfig(batch_size=8, grad_accum=8, compile=True)):
+            took = median(lambda shape=shape, step=step: estimate(shape, step))  # type: ignore[misc]
+            print(f"one estimate, {shape.label:14} {'compiled' if step.compile else 'eager':8} {1e3 * took:6.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
