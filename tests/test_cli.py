@@ -78,6 +78,15 @@ def test_a_plan_without_its_optional_entries_can_be_applied(tmp_path):
     assert "n_layer = 12" in run("apply", tmp_path / "p.json", "--format", "nanogpt").stdout
 
 
+def test_what_does_not_fit_comes_with_the_smallest_change_that_does():
+    words = ("estimate", "--n-layer", 12, "--n-head", 12, "--n-embd", 576, "--batch-size", 16, "--grad-accum", 32,
+             "--workload", "nanogpt", "--compile", "--gpu", "4070", "--vram", "8.3GiB", "--headless")  # fmt: skip
+    assert "repair     batch 8 x 64 instead of 16 x 32" in run(*words).stdout
+    answer = run_json(*words)
+    assert (answer["fits"], answer["repair"]["config"]["batch_size"]) == (False, 8)
+    assert run_json(*words[:-3], "--headless")["repair"] is None
+
+
 def test_values_that_no_option_takes_are_reported_with_everything_else(tmp_path):
     text = run("plan", "--gpu", "4071", "--params", "12X", "--tokens-per-step", "500000", "--block-size", "0",
                "--vocab-size", "-1", "--max-risk", "7", "--vram", "8", "-o", "", code=2).stderr  # fmt: skip

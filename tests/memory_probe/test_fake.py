@@ -135,7 +135,7 @@ def test_a_fake_step_is_a_real_step(step: StepConfig) -> None:
     assert (fake.peak_phase, fake.peak_operation) == (real.peak_phase, real.peak_operation)
 
 
-@pytest.mark.parametrize("name", ["124M", "355M"])
+@pytest.mark.parametrize("name", ["124M", "355M", "774M", "1.5B"])
 def test_torchs_own_tracker_agrees(name: str) -> None:
     from torch.distributed._tools.mem_tracker import MemTracker
 

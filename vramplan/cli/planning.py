@@ -15,6 +15,7 @@ from ..files import write_text
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
 from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans
+from ..planner.repair import smallest_repair
 from ..planner.search import LOSS_CHUNKS, Grid, check_tokens_per_step
 from ..planner.shape import Shape, check_shape, settle_shapes
 from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
@@ -298,6 +299,9 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     gpu = target.gpu if target else None
     full = estimate_memory(shape, step, gpu)
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None
+    repair = None
+    if target is not None and priced is not None and priced.oom_risk.probability > max_risk:
+        repair = smallest_repair(shape, step, gpu, target.budget.budget_bytes, max_risk)
     if as_json:
         result: dict[str, Any] = full.as_dict()
         if target is not None and priced is not None:
@@ -309,12 +313,13 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
                 "needs_bytes": priced.needs_bytes,
                 "tokens_per_second": priced.tokens_per_second,
                 "mfu": priced.mfu,
+                "repair": None if repair is None else repair.as_dict(),
             }
         click.echo(json.dumps(result))
         return
     from ..report.plans import print_estimate
 
-    print_estimate(full, priced, target.budget if target else None, target.notes if target else (), max_risk)
+    print_estimate(full, priced, target.budget if target else None, target.notes if target else (), max_risk, repair)
 
 
 def _configuration(

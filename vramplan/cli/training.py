@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..errors import ConfigError, DoesNotFitError, Problem, command
 from ..planner.gpu import Gpu, find_gpu
 from ..planner.memory import estimate
 from ..planner.plan import refit
-from ..planner.risk import needed_bytes
+from ..planner.risk import needed_for
 from ..runconfig import DataSection, RunConfig
 from ..units import gib, gib_needed
 from .options import DEFAULT_MAX_RISK, FilePath, refused
@@ -124,7 +125,7 @@ def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool | No
     if free is None:
         return config
     max_risk = config.plan.max_risk or DEFAULT_MAX_RISK
-    need = int(needed_bytes(estimate(shape, step, card).process_bytes, step, max_risk))
+    need = math.ceil(needed_for(estimate(shape, step, card), max_risk))
     words = f"The plan needs at least {gib_needed(need)} free, but only {gib(free)} is free now{holders}."
     try:
         plans = refit(shape, step, card, free, max_risk)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from .gpu import Gpu
 from .memory import estimate
-from .risk import needed_bytes
+from .risk import needed_for
 from .shape import Shape, divisors
 from .speed import tokens_per_second
 from .step import DType, StepConfig, check_step
@@ -92,7 +92,7 @@ def largest_batch(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes:
 
     def fits(b: int) -> bool:
         full = estimate(shape, replace(step, batch_size=b, grad_accum=sequences // b), gpu)
-        return bool(needed_bytes(full.process_bytes, step, max_risk) <= budget_bytes)
+        return needed_for(full, max_risk) <= budget_bytes
 
     low, high = 0, len(legal)  # memory grows with the batch: bisect
     while low < high:

@@ -111,6 +111,12 @@ class Estimate:
         if self.shape.head_dim > MAX_FUSED_HEAD_DIM:
             why = f"head_dim {self.shape.head_dim} is beyond the {MAX_FUSED_HEAD_DIM} that fused attention handles"
             return (f"Outside the model: {why}; the scores it would then hold are not counted.",)
+        if self.step.compile and self.step.half and self.shape.head_dim % 8:
+            why = f"how a compiled graph pads heads of {self.shape.head_dim}, no multiple of 8, was not traced"
+            return (f"Outside the model: {why}; eager rows are used.",)
+        if self.step.compile and self.step.workload == "plain":
+            why = "the one measured row of a compiled script with its loss outside needed 4.7 % more"
+            return (f"Outside the model: {why}.",)
         return ()
 
     @cached_property

@@ -14,7 +14,7 @@ from ..errors import ConfigError, DoesNotFitError, Problem
 from ..units import MIB, count, gib, gib_needed
 from .gpu import Budget, Gpu, find_gpu
 from .memory import Estimate, estimate
-from .risk import LARGEST_RISK, OomRisk, needed_bytes, oom_risk
+from .risk import LARGEST_RISK, OomRisk, needed_for, risk_of
 from .search import Grid, Ranking, confirm, quality_price, rank
 from .shape import (
     PADDED_GPT2_VOCAB,
@@ -157,7 +157,7 @@ def refit(shape: Shape, step: StepConfig, gpu: Gpu | None, free_bytes: int, max_
 
     Shape, tokens per step, dtype, compile and optimizer stay: the training itself is the same. Raises DoesNotFitError.
     """
-    if needed_bytes(estimate(shape, step, gpu).process_bytes, step, max_risk) <= free_bytes:
+    if needed_for(estimate(shape, step, gpu), max_risk) <= free_bytes:
         return None
     grid = Grid(
         shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
@@ -196,8 +196,8 @@ def price_plan(
         estimate=full,
         tokens_per_second=rate,
         mfu=float(mfu(full.shape, rate, gpu, matmul_dtype(full.step, gpu))) if gpu is not None and rate else None,
-        oom_risk=oom_risk(full.process_bytes, budget_bytes, full.step),
-        needs_bytes=math.ceil(needed_bytes(full.process_bytes, full.step, max_risk)),
+        oom_risk=risk_of(full, budget_bytes),
+        needs_bytes=math.ceil(needed_for(full, max_risk)),
         reason=reason,
     )
 
@@ -279,10 +279,7 @@ def _nothing_fits(grid: Grid, ranked: Ranking, gpu: Gpu | None, budget_bytes: in
 
 
 def _least_memory(ranked: Ranking, gpu: Gpu | None, max_risk: float) -> tuple[int, StepConfig]:
-    priced = [
-        (needed_bytes(estimate(c.shape, c.step, gpu).process_bytes, c.step, max_risk), c.step)
-        for c in ranked.least_memory(20)
-    ]
+    priced = [(needed_for(estimate(c.shape, c.step, gpu), max_risk), c.step) for c in ranked.least_memory(20)]
     need, step = min(priced, key=lambda p: p[0])
     return math.ceil(need), step
 

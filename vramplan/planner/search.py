@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ConfigError, Problem
 from .gpu import Gpu
 from .memory import Estimate, context_bytes, estimate, peak_allocated, state_bytes
-from .risk import needed_bytes
+from .risk import needed_bytes, needed_for
 from .shape import Shape, divisors
 from .speed import flops_per_token, tokens_per_second
 from .step import Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
@@ -241,7 +241,7 @@ def confirm(ranked: Iterable[Candidate], gpu: Gpu | None, budget_bytes: int, max
         if key in seen:
             continue
         full = estimate(candidate.shape, candidate.step, gpu)
-        if needed_bytes(full.process_bytes, candidate.step, max_risk) <= budget_bytes:
+        if needed_for(full, max_risk) <= budget_bytes:
             seen.add(key)
             kept.append(Fit(candidate, full))
             if len(kept) == top:

@@ -13,6 +13,7 @@ from ..errors import command
 from ..planner.gpu import Budget
 from ..planner.memory import Estimate
 from ..planner.plan import Plan, PlanSet
+from ..planner.repair import Repair
 from ..planner.shape import published_name
 from ..planner.step import tokens_per_step
 from ..units import count, duration, gib, gib_needed
@@ -143,7 +144,7 @@ def _bar(share: float, ink: str = "█", width: int = 40) -> str:
 
 def print_estimate(
     estimate: Estimate, plan: Plan | None, budget: Budget | None, notes: Iterable[str], max_risk: float,
-    out: Console | None = None,
+    repair: Repair | None = None, out: Console | None = None,
 ) -> None:  # fmt: skip
     """One configuration: peak, phase, breakdown, largest tensors, and the verdict when there is a budget."""
     out = out or console()
@@ -168,3 +169,5 @@ def print_estimate(
         out.print(f"  needs      at least {gib_needed(plan.needs_bytes)} free for {percent(max_risk)} risk")
         if plan.tokens_per_second and plan.mfu is not None:
             out.print(f"  speed      {plan.tokens_per_second:,.0f} tokens/s expected, MFU {plan.mfu:.0%}")
+    if repair is not None:
+        out.print(f"  repair     {repair.sentence()}")

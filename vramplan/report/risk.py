@@ -14,7 +14,8 @@ from rich.table import Table
 from ..planner.gpu import Gpu
 from ..planner.levers import Lever, largest_batch, levers
 from ..planner.memory import Estimate, estimate
-from ..planner.risk import OomRisk, needed_bytes, oom_risk
+from ..planner.repair import Repair, smallest_repair
+from ..planner.risk import OomRisk, needed_for, risk_of
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..units import gib, gib_needed
@@ -39,6 +40,7 @@ class RiskReport:
     risk: OomRisk
     needs_bytes: int
     largest_batch: int
+    repair: Repair | None
     levers: tuple[Lever, ...]
     measured: Mapping[str, Any]
 
@@ -58,6 +60,7 @@ class RiskReport:
             "top_tensors": [
                 {"name": t.name, "category": t.category, "bytes": t.n_bytes} for t in self.estimate.alive_at_peak[:10]
             ],
+            "repair": None if self.repair is None else self.repair.as_dict(),
             "levers": [
                 {
                     "name": lever.name,
@@ -87,8 +90,11 @@ def build_report(
         budget_bytes=budget_bytes,
         max_risk=max_risk,
         estimate=full,
-        risk=oom_risk(full.process_bytes, budget_bytes, step),
-        needs_bytes=math.ceil(needed_bytes(full.process_bytes, step, max_risk)),
+        risk=risk_of(full, budget_bytes),
+        needs_bytes=math.ceil(needed_for(full, max_risk)),
+        repair=smallest_repair(shape, step, gpu, budget_bytes, max_risk)
+        if needed_for(full, max_risk) > budget_bytes
+        else None,
         largest_batch=largest_batch(shape, step, gpu, budget_bytes, max_risk),
         levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk)),
         measured=measured or {},
@@ -114,6 +120,10 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
         out.print(f"    {gib(row.n_bytes):>10}  {share:>4.0%}  {row.name} ({row.category.replace('_', ' ')})")
     phases = ", ".join(f"{name} {gib(size)}" for name, size in full.phase_peaks.items() if name != "persistent")
     out.print(f"  By phase: {phases}.")
+    if report.repair is not None:
+        out.print(f"  Smallest change that fits: {report.repair.sentence()}.")
+    elif not fits:
+        out.print("  No other way to run the same optimizer step fits: a smaller model or block_size, or another card.")
     out.print(_lever_table(report))
     out.print("  * changes the optimisation itself (numerics or context length).")
     out.print(

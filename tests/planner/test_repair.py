@@ -1,0 +1,77 @@
+"""The smallest change that fits: fewest changes first, then speed; numerics last."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from vramplan.planner.gpu import find_gpu
+from vramplan.planner.memory import estimate
+from vramplan.planner.repair import smallest_repair
+from vramplan.planner.risk import needed_for, oom_risk, risk_of
+from vramplan.planner.shape import Shape
+from vramplan.planner.speed import tokens_per_second
+from vramplan.planner.step import StepConfig
+from vramplan.units import GIB
+
+GPT2 = Shape(n_layer=12, n_head=12, n_embd=768)
+CARD = find_gpu("4070")
+WIDE = StepConfig(batch_size=16, grad_accum=2, loss="full")
+RISK = 0.01
+
+
+def fits(step: StepConfig, budget: int) -> bool:
+    return needed_for(estimate(GPT2, step, CARD), RISK) <= budget
+
+
+@pytest.mark.parametrize("budget_gib", [9.0, 6.0, 4.0, 3.0])
+def test_no_smaller_set_of_changes_fits_and_none_as_small_is_faster(budget_gib: float) -> None:
+    budget = int(budget_gib * GIB)
+    assert not fits(WIDE, budget)
+    found = smallest_repair(GPT2, WIDE, CARD, budget, RISK)
+    assert found is not None
+    assert fits(found.step, budget)
+    assert found.step.batch_size * found.step.grad_accum == 32
+    assert found.step.dtype == WIDE.dtype
+    own = tokens_per_second(GPT2, found.step, CARD)
+    batches = [{"batch_size": b, "grad_accum": 32 // b} for b in (1, 2, 4, 8, 32)]
+    single = [*batches, {"compile": True}, {"loss": "chunked", "loss_chunk_tokens": 512}, {"checkpointing": "block"}]
+    for count in range(1, len(found.changes) + 1):
+        for chosen in itertools.combinations(single, count):
+            other = replace(WIDE, **{name: value for change in chosen for name, value in change.items()})
+            if fits(other, budget):
+                assert count == len(found.changes), other
+                assert tokens_per_second(GPT2, other, CARD) <= own * 1.0001, other
+
+
+def test_eight_bit_states_are_the_last_resort() -> None:
+    step = StepConfig(batch_size=1, grad_accum=1, checkpointing="block", loss_chunk_tokens=512)
+    need = needed_for(estimate(GPT2, step, CARD), RISK)
+    compiled = needed_for(estimate(GPT2, replace(step, compile=True), CARD), RISK)
+    found = smallest_repair(GPT2, step, CARD, int(min(need, compiled) - 0.2 * GIB), RISK)
+    assert found is not None
+    assert found.step.optimizer == "adamw8bit"
+
+
+def test_nothing_fits_a_budget_below_the_weights() -> None:
+    assert smallest_repair(GPT2, WIDE, CARD, int(0.5 * GIB), RISK) is None
+
+
+def test_a_script_can_only_be_run_differently_not_rewritten() -> None:
+    step = replace(WIDE, workload="nanogpt")
+    found = smallest_repair(GPT2, step, CARD, 7 * GIB, RISK)
+    assert found is not None
+    assert (found.step.workload, found.step.loss, found.step.checkpointing) == ("nanogpt", "full", "none")
+
+
+def test_outside_the_model_the_risk_is_wider() -> None:
+    inside, outside = Shape(n_layer=2, n_head=4, n_embd=1024), Shape(n_layer=2, n_head=2, n_embd=1024)
+    for shape, sigma in ((inside, "1.0%"), (outside, "10.0%")):
+        full = estimate(shape, StepConfig(), CARD)
+        assert bool(full.caveats) is (shape is outside)
+        risk = risk_of(full, int(1.05 * full.process_bytes))
+        assert sigma in risk.reason
+        assert (risk.probability > 0.3) is (shape is outside)
+    assert oom_risk(100, 110, StepConfig(), outside=True).probability > oom_risk(100, 110, StepConfig()).probability

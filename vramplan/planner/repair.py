@@ -1,0 +1,96 @@
+"""The smallest set of changes that makes a configuration fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+
+from ..units import gib
+from .gpu import Gpu
+from .memory import Estimate, estimate
+from .plan import differences
+from .risk import needed_for
+from .search import Candidate, Grid, rank
+from .shape import Shape
+from .speed import tokens_per_second
+from .step import Optimizer, StepConfig, tokens_per_step
+
+MOST_REPLAYS = 12
+"""Candidates of one number of changes that are looked at in full; the closed form has sorted out the hopeless ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A neighbouring configuration that fits. ``speed_ratio`` is its tokens/s over the original's (None without a
+    card); ``changes`` are words such as ``chunked loss``, as many as there are changes."""
+
+    step: StepConfig
+    estimate: Estimate
+    changes: tuple[str, ...]
+    speed_ratio: float | None
+
+    def sentence(self) -> str:
+        """What to change, what it then needs, and what it costs."""
+        speed = "" if self.speed_ratio is None else f", {_percent(self.speed_ratio)}"
+        return f"{', '.join(self.changes)} ({gib(self.estimate.process_bytes)} for the process{speed})"
+
+    def as_dict(self) -> dict[str, object]:
+        """The repair as plain data."""
+        return {
+            "changes": list(self.changes),
+            "config": asdict(self.step),
+            "process_bytes": self.estimate.process_bytes,
+            "speed_ratio": self.speed_ratio,
+        }
+
+
+def _percent(ratio: float) -> str:
+    change = ratio - 1
+    return "as fast" if abs(change) < 0.0005 else f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}"
+
+
+def smallest_repair(
+    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float
+) -> Repair | None:
+    """The fewest changes after which the same optimizer step fits, and of those the fastest; None when none does.
+
+    Shape, tokens per step and dtype stay. 8-bit optimizer states, which change the numerics, are the last resort.
+    """
+    own: tuple[Optimizer, ...] = (step.optimizer,)
+    more: tuple[Optimizer, ...] = (step.optimizer, "adamw8bit")
+    tries = [own] if step.workload != "vramplan" or step.optimizer == "adamw8bit" else [own, more]
+    for optimizers in tries:
+        found = _search(shape, step, gpu, budget_bytes, max_risk, optimizers)
+        if found is not None:
+            return found
+    return None
+
+
+def _search(
+    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
+    optimizers: tuple[Optimizer, ...],
+) -> Repair | None:  # fmt: skip
+    ours = step.workload == "vramplan"
+    grid = Grid(
+        shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
+        compiles=(step.compile, not step.compile) if step.device == "cuda" else (step.compile,),
+        losses=("full", "chunked") if ours else ("full",), checkpointings=("none", "block") if ours else ("none",),
+        optimizers=optimizers, device=step.device, workload=step.workload,
+    )  # fmt: skip
+    fastest_first = rank(grid, gpu, budget_bytes, max_risk)
+    by_changes = sorted(fastest_first, key=lambda c: _changes(c, step))  # stable: the fastest of each number first
+    for _, group in groupby(by_changes, key=lambda c: _changes(c, step)):
+        for candidate in list(group)[:MOST_REPLAYS]:
+            full = estimate(shape, candidate.step, gpu)
+            if needed_for(full, max_risk) <= budget_bytes:
+                before = tokens_per_second(shape, step, gpu) if gpu is not None else None
+                ratio = float(candidate.tokens_per_second / before) if before and candidate.tokens_per_second else None
+                return Repair(candidate.step, full, tuple(differences(candidate.step, step)), ratio)
+    return None
+
+
+def _changes(candidate: Candidate, step: StepConfig) -> int:
+    """How many settings differ; another split into micro-batches is one, a slice size within the chunked loss none."""
+    other = candidate.step
+    names = ("batch_size", "compile", "loss", "checkpointing", "optimizer")
+    return sum(getattr(other, name) != getattr(step, name) for name in names)
