@@ -78,6 +78,15 @@ def test_a_plan_without_its_optional_entries_can_be_applied(tmp_path):
     assert "n_layer = 12" in run("apply", tmp_path / "p.json", "--format", "nanogpt").stdout
 
 
+def test_allocator_settings_change_what_is_reserved():
+    shape = ("--n-layer", 12, "--n-head", 12, "--n-embd", 768)
+    words = ("estimate", *shape, "--batch-size", 8, "--checkpointing", "block")
+    plain, expandable = run_json(*words), run_json(*words, "--alloc-conf", "expandable_segments:True")
+    assert plain["peak_reserved_bytes"] > 1.05 * expandable["peak_reserved_bytes"]
+    assert expandable["peak_reserved_bytes"] >= expandable["peak_allocated_bytes"]
+    assert "did you mean expandable_segments" in run(*words, "--alloc-conf", "expandable:True", code=2).stderr
+
+
 def test_what_does_not_fit_comes_with_the_smallest_change_that_does():
     words = ("estimate", "--n-layer", 12, "--n-head", 12, "--n-embd", 576, "--batch-size", 16, "--grad-accum", 32,
              "--workload", "nanogpt", "--compile", "--gpu", "4070", "--vram", "8.3GiB", "--headless")  # fmt: skip

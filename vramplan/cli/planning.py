@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from ..errors import Collector, ConfigError, Problem, command
 from ..files import write_text
+from ..planner.allocator import AllocatorSettings
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
 from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans
@@ -270,6 +271,7 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 @click.option("--checkpointing", type=_choice("checkpointing"), help="Of activations. [default: none]")
 @click.option("--optimizer", type=_choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
 @click.option("--workload", type=_choice("workload"), help="Whose script. [default: vramplan]")
+@click.option("--alloc-conf", metavar="TEXT", help="PYTORCH_ALLOC_CONF of the run (expandable_segments:True, ...).")
 @click.option("--dropout", type=float, help="Of embeddings and branches, in the other workloads. [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -288,6 +290,9 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     if given["gpu"] is not None or given["vram"] is not None:
         with collect:
             target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
+    settings = None
+    with collect:
+        settings = AllocatorSettings.parse(given.pop("alloc_conf") or "")
     with collect:
         shape, step = _configuration(ctx, config, given, "cpu" if is_cpu(given["gpu"]) else "cuda")
     collect.finish()
@@ -297,7 +302,7 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
         rule = "means nothing with the full loss"
         raise ConfigError(Problem("--loss-chunk-tokens", given["loss_chunk_tokens"], rule, "leave it out"))
     gpu = target.gpu if target else None
-    full = estimate_memory(shape, step, gpu)
+    full = estimate_memory(shape, step, gpu, settings)
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None
     repair = None
     if target is not None and priced is not None and priced.oom_risk.probability > max_risk:

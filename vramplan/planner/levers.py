@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from .allocator import AllocatorSettings
 from .gpu import Gpu
 from .memory import estimate
 from .risk import needed_for
@@ -14,6 +15,10 @@ from .step import DType, StepConfig, check_step
 
 LEVER_CHUNK = 4096
 """Tokens per slice when the chunked loss is offered as a lever: the fastest that the search tries."""
+
+EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+"""An environment variable (older torch: PYTORCH_CUDA_ALLOC_CONF; not on Windows). It usually shrinks the allocator's
+slack; it is offered where the replay says so."""
 
 LEAST_CHUNK = 256
 """Shorter slices save next to nothing: the head and its gradient are larger by then."""
@@ -50,6 +55,12 @@ def levers(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, m
         ratio = float(tokens_per_second(other_shape, other, gpu) / speed) if gpu is not None else None
         batch = largest_batch(other_shape, other, gpu, budget_bytes, max_risk)
         found.append(Lever(name, other_shape, other, process, base - process, ratio, batch, changes))
+    if step.device == "cuda":
+        settings = AllocatorSettings(expandable_segments=True)
+        process = estimate(shape, step, gpu, settings).process_bytes
+        if process < base:
+            batch = largest_batch(shape, step, gpu, budget_bytes, max_risk, settings)
+            found.append(Lever(EXPANDABLE, shape, step, process, base - process, None, batch, False))
     return sorted(found, key=lambda lever: -lever.saved_bytes)
 
 
@@ -85,13 +96,16 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
         yield f"block_size {shorter.block_size}", shorter, longer_step, True
 
 
-def largest_batch(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> int:
+def largest_batch(
+    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
+    settings: AllocatorSettings | None = None,
+) -> int:  # fmt: skip
     """Largest batch_size that divides the step's sequences and fits the budget; 0 when not even 1 does."""
     sequences = step.batch_size * step.grad_accum
     legal = divisors(sequences)
 
     def fits(b: int) -> bool:
-        full = estimate(shape, replace(step, batch_size=b, grad_accum=sequences // b), gpu)
+        full = estimate(shape, replace(step, batch_size=b, grad_accum=sequences // b), gpu, settings)
         return needed_for(full, max_risk) <= budget_bytes
 
     low, high = 0, len(legal)  # memory grows with the batch: bisect
