@@ -111,6 +111,25 @@ def test_values_that_no_option_takes_are_reported_with_everything_else(tmp_path)
         assert words in text, words
 
 
+@pytest.mark.parametrize(
+    ("words", "only"),
+    [
+        (["estimate", "--n-layer", 2, "--n-head", 2, "--n-embd", 64, "--batch-size", 2, "--vram", "abc",
+          "--reserve", "1GiB"], "--vram"),
+        (["plan", "--vram", "abc", "--params", "10M"], "--vram"),
+        (["plan", "--vram", "8GiB", "--params", "10M", "--tokens-per-step", "abc", "--block-size", 1000],
+         "--tokens-per-step"),
+        (["train", "--resume", "--out", ""], "--out"),
+        (["estimate", "--n-layer", 2, "--n-head", 2, "--n-embd", 64, "--batch-size", 2, "--gpu", "cpu",
+          "--alloc-conf", "expandable_segments:True"], "--alloc-conf"),
+    ],
+)  # fmt: skip
+def test_one_bad_value_is_one_problem(words, only):
+    text = run(*words, code=2).stderr
+    assert text.startswith(f"Error: {only}="), text
+    assert "problems" not in text
+
+
 def test_output_follows_links_and_leaves_devices_alone(tmp_path):
     tiny = ("--gpu", "4070", "--n-layer", 12, "--n-head", 12, "--n-embd", 768, "--top", 1)
     (tmp_path / "plan.json").write_text("old")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from vramplan.planner.allocator import AllocatorSettings
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate
 from vramplan.planner.repair import smallest_repair
@@ -64,6 +65,27 @@ def test_a_script_can_only_be_run_differently_not_rewritten() -> None:
     found = smallest_repair(GPT2, step, CARD, 7 * GIB, RISK)
     assert found is not None
     assert (found.step.workload, found.step.loss, found.step.checkpointing) == ("nanogpt", "full", "none")
+
+
+def test_dropout_and_allocator_settings_stay() -> None:
+    step = replace(WIDE, workload="nanogpt", dropout=0.1)
+    found = smallest_repair(GPT2, step, CARD, 7 * GIB, RISK)
+    assert found is not None
+    assert found.step.dropout == 0.1
+    assert estimate(GPT2, found.step, CARD).process_bytes == found.estimate.process_bytes
+    settings = AllocatorSettings(expandable_segments=True)
+    expandable = smallest_repair(GPT2, step, CARD, 7 * GIB, RISK, settings)
+    assert expandable is not None
+    assert estimate(GPT2, expandable.step, CARD, settings).process_bytes == expandable.estimate.process_bytes
+
+
+def test_every_word_is_a_change() -> None:
+    for budget in (4.0, 3.0, 2.6):
+        found = smallest_repair(GPT2, replace(WIDE, loss="chunked"), CARD, int(budget * GIB), RISK)
+        assert found is not None
+        names = ("batch_size", "compile", "loss", "loss_chunk_tokens", "checkpointing", "optimizer")
+        base = replace(WIDE, loss="chunked")
+        assert len(found.changes) == sum(getattr(found.step, n) != getattr(base, n) for n in names)
 
 
 def test_outside_the_model_the_risk_is_wider() -> None:

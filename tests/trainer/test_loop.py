@@ -642,6 +642,22 @@ def test_a_start_that_fails_before_its_first_line_leaves_the_directory_as_it_was
         assert run(shards, run_dir, config(seed=8))[0].step == 12
 
 
+def test_a_configuration_that_was_there_survives_a_killed_and_a_failed_start(shards, tmp_path, monkeypatch):
+    def exhausted(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config().save(run_dir / "config.toml")
+    (run_dir / "run.json").write_text(json.dumps({"format": 1, "sessions": [{"start_step": 0}]}))  # as a kill leaves it
+    (run_dir / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(module.TrainStep, "evaluate", exhausted)
+    with pytest.raises(VramplanError, match="memory ran out"):
+        run(shards, run_dir)
+    assert RunConfig.load(run_dir / "config.toml") == config()
+    assert not (run_dir / "run.json").exists()
+
+
 def test_a_killed_start_is_no_run(shards, tmp_path):
     with start_child(tmp_path, shards, config(max_steps=400)) as child:
         wait_for(child, "RunStarted")

@@ -62,6 +62,9 @@ class Size(Collected):
 
     name = "SIZE"
 
+    def __init__(self, stand_in: int) -> None:
+        self.stand_in = stand_in
+
     def parse(self, value: Any, option: str) -> int:
         """Bytes of ``8.9GiB``."""
         return value if isinstance(value, int) else parse_bytes(str(value), option)
@@ -144,8 +147,8 @@ def card_options(default: str | None, max_risk: float | None = DEFAULT_MAX_RISK)
     limit = f"[default: {DEFAULT_MAX_RISK:.0%}]" if max_risk else "[default: the plan's own]"
     return options(
         click.option("--gpu", default=default, show_default=True, metavar="NAME|auto|cpu", help="Card to plan for."),
-        click.option("--vram", type=Size(), help="Memory to plan for instead of the card's (8.9GiB, 12GB)."),
-        click.option("--reserve", type=Size(), help="Kept back for the desktop. [default: 0.75GiB for a named card]"),
+        click.option("--vram", type=Size(2**36), help="Memory to plan for instead of the card's (8.9GiB, 12GB)."),
+        click.option("--reserve", type=Size(0), help="Kept back for the desktop. [default: 0.75GiB for a named card]"),
         click.option("--headless", is_flag=True, help="The card drives no screen: nothing is kept back."),
         click.option(
             "--max-risk",

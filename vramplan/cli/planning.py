@@ -112,6 +112,8 @@ def plan(
     if start and search["workload"] != "vramplan":
         rule = "is another script's memory: --train starts this trainer"
         collect.problems.append(Problem("--workload", search["workload"], rule, "leave out one of them"))
+    if any(problem.field == "--tokens-per-step" for problem in collect.problems):
+        search["tokens_per_step"] = 512 * search["block_size"]  # any that is legal: one problem is enough
     target, assumed, plans = search_plans(search, collect)
     if output is not None:
         write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n", "--output")
@@ -292,7 +294,7 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
             target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
     settings = None
     with collect:
-        settings = AllocatorSettings.parse(given.pop("alloc_conf") or "")
+        settings = _allocator_settings(given.pop("alloc_conf"), on_cpu=is_cpu(given["gpu"]))
     with collect:
         shape, step = _configuration(ctx, config, given, "cpu" if is_cpu(given["gpu"]) else "cuda")
     collect.finish()
@@ -306,7 +308,7 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None
     repair = None
     if target is not None and priced is not None and priced.oom_risk.probability > max_risk:
-        repair = smallest_repair(shape, step, gpu, target.budget.budget_bytes, max_risk)
+        repair = smallest_repair(shape, step, gpu, target.budget.budget_bytes, max_risk, settings)
     if as_json:
         result: dict[str, Any] = full.as_dict()
         if target is not None and priced is not None:
@@ -325,6 +327,16 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     from ..report.plans import print_estimate
 
     print_estimate(full, priced, target.budget if target else None, target.notes if target else (), max_risk, repair)
+
+
+def _allocator_settings(text: str | None, *, on_cpu: bool) -> AllocatorSettings:
+    settings = AllocatorSettings.parse(text or "")
+    if text and on_cpu:
+        raise ConfigError(Problem("--alloc-conf", text, "means nothing on a CPU", "leave it out"))
+    if settings.garbage_collection_threshold:
+        rule = "sets garbage_collection_threshold, which torch looks at only under a memory fraction"
+        raise ConfigError(Problem("--alloc-conf", text, rule, "leave it out"))
+    return settings
 
 
 def _configuration(

@@ -41,12 +41,14 @@ def train(
     vramplan train --resume runs/first
     """
     collect = refused()
+    bad = {problem.field for problem in collect.problems}
+    out, config = None if "--out" in bad else out, None if "CONFIG|RUN" in bad else config
     if resume and out is None and config is not None and config.is_dir():
         out, config = config, None
-    if out is None:
+    if out is None and "--out" not in bad:
         remedy = f"name the run directory: {command('vramplan', 'train', '--resume', 'RUN')}" if resume else ""
         collect.problems.append(Problem("--out", "missing", "is required", remedy or "name the run directory"))
-    if config is None and not resume:
+    if config is None and not resume and "CONFIG|RUN" not in bad:
         collect.problems.append(Problem("CONFIG", "missing", "is required", "write one with `vramplan apply`"))
     loaded = None
     with collect:

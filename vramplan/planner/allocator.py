@@ -87,7 +87,7 @@ def _flag(text: str) -> bool:
 
 def _more_than(least_mib: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not text.isdigit() or int(text) <= least_mib:
+        if not (text.isascii() and text.isdigit()) or int(text) <= least_mib:
             raise ValueError(f"must be a whole number above {least_mib}")
         return int(text) * MIB
 
@@ -95,7 +95,7 @@ def _more_than(least_mib: int) -> Callable[[str], int]:
 
 
 def _threshold(text: str) -> float:
-    value = float(text) if text.replace(".", "", 1).isdigit() else 0.0
+    value = float(text) if text.isascii() and text.replace(".", "", 1).isdigit() else 0.0
     if not 0 < value < 1:
         raise ValueError("must lie between 0 and 1")
     return value

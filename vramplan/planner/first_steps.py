@@ -48,17 +48,15 @@ def replay_first_steps(
     for number in range(MOST_STEPS):
         before = allocator.peak_reserved_bytes
         kept: list[Block] = []
+        living = {}
         for micro_step in micro_steps:
+            for handle in living.values():  # what the loop's names still held goes when they are bound anew
+                allocator.release(handle)
             living = {}
             allocator.play(micro_step, living)
-            for block, handle in living.items():
-                if block in stay:
-                    kept.append(handle)
-                else:
-                    allocator.release(handle)
+            kept += [living.pop(block) for block in list(living) if block in stay]
         if lazily and number == 0:
             allocator.play(states, persistent)
-        living = {}
         allocator.play(update, living)
         for handle in (*living.values(), *kept):
             allocator.release(handle)

@@ -71,7 +71,7 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
         halved = replace(step, batch_size=smaller, grad_accum=sequences // smaller)
         yield f"batch_size {smaller} x grad_accum {sequences // smaller}", shape, halved, False
     if step.workload != "vramplan":
-        ours = replace(step, workload="vramplan", loss="chunked", loss_chunk_tokens=LEVER_CHUNK)
+        ours = replace(step, workload="vramplan", loss="chunked", loss_chunk_tokens=LEVER_CHUNK, dropout=0.0)
         yield "vramplan's trainer, chunked loss", shape, ours, False
     elif step.loss == "full":
         yield "chunked loss", shape, replace(step, loss="chunked", loss_chunk_tokens=LEVER_CHUNK), False

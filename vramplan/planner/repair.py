@@ -6,17 +6,19 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from ..units import gib
+from .allocator import AllocatorSettings
 from .gpu import Gpu
 from .memory import Estimate, estimate
 from .plan import differences
 from .risk import needed_for
-from .search import Candidate, Grid, rank
+from .search import LOSS_CHUNKS, Candidate, Grid, rank
 from .shape import Shape
 from .speed import tokens_per_second
 from .step import Optimizer, StepConfig, tokens_per_step
 
-MOST_REPLAYS = 12
-"""Candidates of one number of changes that are looked at in full; the closed form has sorted out the hopeless ones."""
+MOST_REPLAYS = 48
+"""Candidates of one number of changes that are looked at in full, the fastest first; the closed form has sorted out the
+hopeless ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,9 @@ def _percent(ratio: float) -> str:
 
 
 def smallest_repair(
-    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float
-) -> Repair | None:
+    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
+    settings: AllocatorSettings | None = None,
+) -> Repair | None:  # fmt: skip
     """The fewest changes after which the same optimizer step fits, and of those the fastest; None when none does.
 
     Shape, tokens per step and dtype stay. 8-bit optimizer states, which change the numerics, are the last resort.
@@ -60,7 +63,7 @@ def smallest_repair(
     more: tuple[Optimizer, ...] = (step.optimizer, "adamw8bit")
     tries = [own] if step.workload != "vramplan" or step.optimizer == "adamw8bit" else [own, more]
     for optimizers in tries:
-        found = _search(shape, step, gpu, budget_bytes, max_risk, optimizers)
+        found = _search(shape, step, gpu, budget_bytes, max_risk, optimizers, settings)
         if found is not None:
             return found
     return None
@@ -68,20 +71,21 @@ def smallest_repair(
 
 def _search(
     shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
-    optimizers: tuple[Optimizer, ...],
+    optimizers: tuple[Optimizer, ...], settings: AllocatorSettings | None,
 ) -> Repair | None:  # fmt: skip
     ours = step.workload == "vramplan"
     grid = Grid(
         shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
         compiles=(step.compile, not step.compile) if step.device == "cuda" else (step.compile,),
         losses=("full", "chunked") if ours else ("full",), checkpointings=("none", "block") if ours else ("none",),
-        optimizers=optimizers, device=step.device, workload=step.workload,
+        optimizers=optimizers, device=step.device, workload=step.workload, dropout=step.dropout,
+        loss_chunks=tuple(sorted({*LOSS_CHUNKS, int(step.loss_chunk_tokens)})),
     )  # fmt: skip
     fastest_first = rank(grid, gpu, budget_bytes, max_risk)
     by_changes = sorted(fastest_first, key=lambda c: _changes(c, step))  # stable: the fastest of each number first
     for _, group in groupby(by_changes, key=lambda c: _changes(c, step)):
         for candidate in list(group)[:MOST_REPLAYS]:
-            full = estimate(shape, candidate.step, gpu)
+            full = estimate(shape, candidate.step, gpu, settings)
             if needed_for(full, max_risk) <= budget_bytes:
                 before = tokens_per_second(shape, step, gpu) if gpu is not None else None
                 ratio = float(candidate.tokens_per_second / before) if before and candidate.tokens_per_second else None
@@ -90,7 +94,9 @@ def _search(
 
 
 def _changes(candidate: Candidate, step: StepConfig) -> int:
-    """How many settings differ; another split into micro-batches is one, a slice size within the chunked loss none."""
+    """How many settings differ; another split into micro-batches is one."""
     other = candidate.step
-    names = ("batch_size", "compile", "loss", "checkpointing", "optimizer")
+    names = ["batch_size", "compile", "loss", "checkpointing", "optimizer"]
+    if other.loss == step.loss == "chunked":
+        names.append("loss_chunk_tokens")
     return sum(getattr(other, name) != getattr(step, name) for name in names)

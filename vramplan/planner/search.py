@@ -49,6 +49,7 @@ class Grid:
     batch_sizes: tuple[int, ...] | None = None
     device: DeviceKind = "cuda"
     workload: Workload = "vramplan"
+    dropout: float = 0.0
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -75,7 +76,7 @@ class Grid:
         ):
             yield StepConfig(
                 dtype=dtype, compile=compiled, loss=loss, checkpointing=checkpointing, optimizer=optimizer,
-                device=self.device, workload=self.workload,
+                device=self.device, workload=self.workload, dropout=self.dropout,
             )  # fmt: skip
 
     def size(self) -> int:

@@ -9,6 +9,7 @@ the CPU, so that resuming needs no more GPU memory than training did.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import re
@@ -111,7 +112,8 @@ class CheckpointFolder:
 
     def set_aside(self, path: Path) -> Path:
         """Rename a damaged checkpoint, so that it neither counts nor is deleted. Returns its new path."""
-        aside = path.with_name(f"{path.name}.damaged")
+        names = (f"{path.name}.damaged{f'-{n}' if n else ''}" for n in itertools.count())
+        aside = next(p for p in map(path.with_name, names) if not p.exists())
         path.replace(aside)
         return aside
 
@@ -160,6 +162,8 @@ def load(path: Path) -> Checkpoint:
         rule = "is refused: it holds more than tensors and plain values, and loading it could run code"
         raise DataError(Problem("checkpoint", str(path), rule)) from None
     except _UNREADABLE as error:
+        if out_of_memory(error):
+            raise
         raise DataError(Problem("checkpoint", str(path), f"cannot be read ({type(error).__name__})")) from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise DataError(Problem("checkpoint", str(path), f"is not a vramplan checkpoint of format {FORMAT}"))

@@ -114,7 +114,8 @@ def _newest(folder: CheckpointFolder, config: RunConfig, on_event: OnEvent) -> t
     """The newest good checkpoint of this configuration; damaged ones are set aside. Raises DataError for another's."""
 
     def skip(path: Path, reason: str) -> None:
-        on_event(CheckpointSkipped(path=folder.set_aside(path), reason=reason))
+        truly = reason.startswith(("is damaged", "was renamed"))  # not what another version or another day may read
+        on_event(CheckpointSkipped(path=folder.set_aside(path) if truly else path, reason=reason))
 
     found = folder.newest(skip)
     if found is not None:

@@ -69,8 +69,8 @@ class RunDirectory:
             try:
                 held.enter_context(locked(self.path, self._busy))
                 self._check_same(config) if resume else self._check_free(config)  # another may have been quicker
-                self._sweep()
-                before = {path.name for path in self.path.iterdir()}
+                before = {self.config.name} if self._text(self.config) == config.to_toml() else set()
+                self._sweep(config, resume=resume)
                 self.checkpoints.mkdir(exist_ok=True)
                 config.save(self.config)
             except OSError as error:
@@ -83,10 +83,13 @@ class RunDirectory:
                     self._clear(keep=before)
                 raise
 
-    def _sweep(self) -> None:
-        """Remove what a process that was killed left behind, of a start that got nowhere or half a file."""
-        if not self._used() and self.sessions():
-            self._clear(keep=set())
+    def _sweep(self, config: RunConfig, *, resume: bool) -> None:
+        """Remove what a process that was killed left behind: half a file, or what a start that got nowhere wrote.
+
+        A ``config.toml`` stays if it is the one that is wanted again: it may have been there before.
+        """
+        if not resume and not self._used() and self.sessions():
+            self._clear(keep={self.config.name} if self._text(self.config) == config.to_toml() else set())
         for file in (self.config, self.facts, self.metrics):
             for temporary in self.path.glob(f".{file.name}*.tmp"):
                 temporary.unlink()
@@ -125,10 +128,14 @@ class RunDirectory:
             return False
         if self.facts.exists():
             return True
+        return self.config.exists() and self._text(self.config) != config.to_toml()
+
+    @staticmethod
+    def _text(path: Path) -> str | None:
         try:
-            return self.config.exists() and self.config.read_text(encoding="utf-8") != config.to_toml()
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            return True
+            return None
 
     def _check_same(self, config: RunConfig) -> None:
         if not self.exists:
