@@ -10,17 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.errors import ConfigError
-from vramplan.planner.allocator import (
-    LARGE_SEGMENT,
-    UNLIMITED,
-    AllocatorSettings,
-    Block,
-    CachingAllocator,
-    CapExceededError,
-    replay,
-    timeline,
-)
+from vramplan.errors import CapExceededError, ConfigError
+from vramplan.planner.allocator import Block, CachingAllocator, replay, timeline
+from vramplan.planner.allocator_settings import LARGE_SEGMENT, UNLIMITED, AllocatorSettings
 from vramplan.planner.memory import estimate
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig

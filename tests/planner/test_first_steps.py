@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vramplan.errors import CapExceededError
-from vramplan.planner.allocator import AllocatorSettings, replay
+from vramplan.planner.allocator import replay
+from vramplan.planner.allocator_settings import AllocatorSettings
 from vramplan.planner.first_steps import replay_first_steps
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate, tensor_table

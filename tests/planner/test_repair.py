@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vramplan.planner.allocator import AllocatorSettings
+from vramplan.planner.allocator_settings import AllocatorSettings
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate
 from vramplan.planner.repair import smallest_repair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ LONGEST_NAME = 255
 _REFUSED = "vramplan.refused"
 
 
-class Collected(click.ParamType[Any]):
+class Collected(click.ParamType[Any], abc.ABC):
     """A type whose bad values are gathered, so that the command can report them with everything else it finds.
 
     A bad value is replaced by ``stand_in`` until :func:`refused` has been asked.
@@ -46,9 +47,9 @@ class Collected(click.ParamType[Any]):
             ctx.meta.setdefault(_REFUSED, []).extend(error.problems)
             return self.stand_in
 
+    @abc.abstractmethod
     def parse(self, value: Any, option: str) -> Any:
         """The value, or a ConfigError that names ``option``."""
-        raise NotImplementedError
 
 
 def refused() -> Collector:

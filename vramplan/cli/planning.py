@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from ..errors import Collector, ConfigError, Problem, command
 from ..files import write_text
-from ..planner.allocator import AllocatorSettings
+from ..planner.allocator_settings import AllocatorSettings
 from ..planner.gpu import find_gpu, load_gpus
 from ..planner.memory import estimate as estimate_memory
 from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, read_plans

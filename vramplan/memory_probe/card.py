@@ -16,8 +16,8 @@ from ..planner.shape import Shape
 from ..planner.step import StepConfig, tokens_per_step
 from ..trainer.memory_errors import out_of_memory
 from ..trainer.model import GPT
-from ..trainer.optimizer import build_optimizer
 from ..trainer.step import TrainStep
+from .cpu import probe_optimizer
 from .scripts import Draw, ScriptLoop
 
 
@@ -25,8 +25,9 @@ from .scripts import Draw, ScriptLoop
 class CardMeasurement:
     """Peaks in bytes since before the model was built (None on a CPU); ``outcome`` is ``fits`` or ``out_of_memory``.
 
-    ``process_bytes`` is what the driver counts for the card less what it counted before; ``seconds`` are those of the
-    optimizer steps after the first two, ``error`` the first line of what went wrong.
+    ``context_bytes`` is what the driver counts for the card beyond torch's allocator, before the model is built (of all
+    its processes); ``seconds`` are those of the optimizer steps after the first two, ``error`` the first line of what
+    went wrong.
     """
 
     outcome: str
@@ -96,7 +97,7 @@ def _run(shape: Shape, step: StepConfig, device: torch.device, steps: int, secon
 
 def _our_step(shape: Shape, step: StepConfig, device: torch.device, draw: Draw) -> Any:
     model = GPT(shape, step).to(device)
-    optimizer = build_optimizer(model, step, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = probe_optimizer(model, step)
     train = TrainStep(model, optimizer, step, grad_clip=1.0, device=device)
     train.allocate()
     train.evaluate([draw()])

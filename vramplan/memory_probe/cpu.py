@@ -110,8 +110,8 @@ def measure_cpu_step(
 ) -> StepMeasurement:
     """Build the model, run ``steps`` optimizer steps on random tokens, evaluate, and report from the last step on.
 
-    The first step creates the optimizer's states, so at least two are needed to see a step as all later ones are. Needs
-    as much host memory as the step itself, and half precision is slow: use small vocabularies.
+    At least two, so that the reported one begins as all later ones do. Needs as much host memory as the step itself,
+    and half precision is slow: use small vocabularies.
 
     Raises ConfigError for settings that are illegal or that no CPU step of our trainer can confirm.
     """
@@ -119,12 +119,7 @@ def measure_cpu_step(
     _check(shape, step, steps)
     probe_optimizer(nn.Linear(1, 1), step)  # what its library keeps from the first use on is not the step's
     with TensorMeter() as meter:
-        model = GPT(shape, step)
-        optimizer = probe_optimizer(model, step)
-        train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
-        train.allocate()
-        phase = Phase(model, optimizer)
-        meter.phase_of = lambda: phase.name
+        train, phase = follow(shape, step, meter, grad_clip)
         persistent = 0
         for _ in range(steps):
             gc.collect()  # checkpointing leaves reference cycles behind
@@ -135,6 +130,17 @@ def measure_cpu_step(
         phase.stay("evaluation")
         train.evaluate(random_batches(shape, step))
     return measurement(meter, persistent)
+
+
+def follow(shape: Shape, step: StepConfig, meter: TensorMeter, grad_clip: float) -> tuple[TrainStep, Phase]:
+    """Our training step on a CPU, ready for its first update, with ``meter`` told of the phase it is in."""
+    model = GPT(shape, step)
+    optimizer = probe_optimizer(model, step)
+    train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
+    train.allocate()
+    phase = Phase(model, optimizer)
+    meter.phase_of = lambda: phase.name
+    return train, phase
 
 
 def measurement(meter: TensorMeter, persistent_bytes: int) -> StepMeasurement:
@@ -157,7 +163,7 @@ def _check(shape: Shape, step: StepConfig, steps: int) -> None:
     if step.workload != "vramplan":
         problems.append(Problem("workload", step.workload, "is not our trainer", "use workload=vramplan"))
     if steps < 2:
-        problems.append(Problem("steps", steps, "must be at least 2: the first creates the optimizer's states"))
+        problems.append(Problem("steps", steps, "must be at least 2: the first does not begin as the later ones do"))
     if problems:
         raise ConfigError(problems)
 

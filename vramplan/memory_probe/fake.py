@@ -21,12 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, Problem
+from ..planner.allocator import MIN_BLOCK
 from ..planner.shape import Shape, check_shape
-from ..planner.state_rows import CUDA_GRANULARITY
 from ..planner.step import StepConfig, check_step
-from ..trainer.model import GPT
-from ..trainer.step import TrainStep
-from .cpu import Phase, StepMeasurement, measurement, probe_optimizer, random_batches
+from .cpu import StepMeasurement, follow, measurement, random_batches
 from .meter import TensorMeter
 
 
@@ -37,14 +35,9 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
     values; bfloat16 has the same memory) and 8-bit states (a library's own kernels).
     """
     _check(shape, step)
-    granularity = CUDA_GRANULARITY if step.device == "cuda" else 1
+    granularity = MIN_BLOCK if step.device == "cuda" else 1
     with FakeTensorMode(), cuda_operators(step), TensorMeter(granularity=granularity) as meter:
-        model = GPT(shape, step)
-        optimizer = probe_optimizer(model, step)
-        train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
-        train.allocate()
-        phase = Phase(model, optimizer)
-        meter.phase_of = lambda: phase.name
+        train, phase = follow(shape, step, meter, grad_clip)
         persistent = 0
         for _ in range(steps):
             gc.collect()  # checkpointing leaves reference cycles behind
@@ -58,7 +51,7 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
         phase.stay("evaluation")
         with torch.no_grad():
             for tokens, targets in random_batches(shape, step):
-                model(tokens, targets)
+                train.model(tokens, targets)
     return measurement(meter, persistent)
 
 
@@ -86,9 +79,8 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropou
     FlashAttention takes head widths in multiples of 8: others are padded (ATen transformers/attention.cpp).
     """
     if q.dtype == torch.float32:
-        out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[
-            0
-        ]
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out: Tensor = efficient(q, k, v, None, True, dropout_p, is_causal)[0]
         return out
     width = q.shape[-1]
     if width % 8:

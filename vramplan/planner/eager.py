@@ -242,10 +242,6 @@ class EagerStep(LossRows):
         """``n_bytes`` where heads are not padded, 0 elsewhere."""
         return n_bytes - self._padded(n_bytes) if self.pads else n_bytes
 
-    def _leave_forward(self) -> None:
-        """The model's locals go, and the caller's name is bound to the new logits."""
-        self.tape.free(self._kept_logits, *self._locals, self._full_norm)
-
     # ---------------------------------------------------------------- evaluation
 
     def _evaluation(self) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .allocator import SMALL_LIMIT, AllocatorSettings, Block, CachingAllocator, Program
+from .allocator import SMALL_LIMIT, Block, CachingAllocator, Program, program_of
+from .allocator_settings import AllocatorSettings
 from .step import StepConfig
 from .tape import Change
 
@@ -30,15 +31,15 @@ def replay_first_steps(
     allocator = CachingAllocator(settings)
     living: dict[int, Block] = {}
     weights, states, gradients = _persistent(changes)
-    evaluation = _program(c for c in changes if c.phase == "evaluation")
-    update = _program(c for c in changes if c.phase == "optimizer step")
+    evaluation = program_of(c for c in changes if c.phase == "evaluation")
+    update = program_of(c for c in changes if c.phase == "optimizer step")
     own = [c for c in changes if c.phase not in ("persistent", "evaluation", "optimizer step")]
     lazily = step.workload != "vramplan"
-    micro_steps = [_program(own)]
+    micro_steps = [program_of(own)]
     stay = {c.block for c in own if c.row.category == "gradients"}
     if lazily and step.grad_accum > 1:
         stay = {c.block for c in own if c.joins}
-        micro_steps.insert(0, _program(c for c in own if not c.joins))
+        micro_steps.insert(0, program_of(c for c in own if not c.joins))
     # small requests have segments of their own, in which a later step finds its places again
     small = {c.block for c in own if c.alloc and c.row.size <= SMALL_LIMIT} - stay
     later = [[entry for entry in program if entry[1] not in small] for program in micro_steps]
@@ -71,11 +72,7 @@ def _persistent(changes: Iterable[Change]) -> tuple[Program, Program, Program]:
     """Weights and workspaces; the optimizer's states; and the gradients that accumulate."""
     rows = [c for c in changes if c.phase == "persistent"]
     return (
-        _program(c for c in rows if c.row.category not in ("optimizer", "gradients")),
-        _program(c for c in rows if c.row.category == "optimizer"),
-        _program(c for c in rows if c.row.category == "gradients"),
+        program_of(c for c in rows if c.row.category not in ("optimizer", "gradients")),
+        program_of(c for c in rows if c.row.category == "optimizer"),
+        program_of(c for c in rows if c.row.category == "gradients"),
     )
-
-
-def _program(changes: Iterable[Change]) -> Program:
-    return [(int(row.size) if alloc else 0, block) for alloc, row, block, _, _ in changes if row.size > 0]

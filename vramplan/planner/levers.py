@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .allocator import AllocatorSettings
+from .allocator_settings import AllocatorSettings
 from .gpu import Gpu
 from .memory import estimate
 from .risk import needed_for

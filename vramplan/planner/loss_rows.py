@@ -13,9 +13,6 @@ class LossRows(StateRows):
 
     _dhidden: Row
 
-    def _leave_forward(self) -> None:
-        raise NotImplementedError
-
     def _loss_forward(self) -> Saved:
         return self._chunked_loss() if self.step.loss == "chunked" else self._full_loss()
 

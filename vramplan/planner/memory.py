@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..units import MIB
-from .allocator import AllocatorSettings
+from .allocator_settings import AllocatorSettings
 from .compiled import CompiledStep
 from .eager import EagerStep
 from .first_steps import replay_first_steps

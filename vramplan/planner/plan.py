@@ -233,6 +233,11 @@ def differences(step: StepConfig, other: StepConfig) -> list[str]:
     return words
 
 
+def speed_words(change: float) -> str:
+    """``2.5% slower`` for -0.025."""
+    return "as fast" if abs(change) < 0.0005 else f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}"
+
+
 def compare(plan: Plan, best: Plan, gpu: Gpu | None) -> str:
     """One line: how ``plan`` differs from ``best``, what it costs and what it saves."""
     words = differences(plan.step, best.step)
@@ -242,7 +247,7 @@ def compare(plan: Plan, best: Plan, gpu: Gpu | None) -> str:
     verdict = []
     if plan.tokens_per_second and best.tokens_per_second:
         change = plan.tokens_per_second / best.tokens_per_second - 1
-        verdict.append(f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}")
+        verdict.append(speed_words(change))
     else:
         change = flops_per_token(plan.shape, plan.step) / flops_per_token(best.shape, best.step) - 1
         verdict.append(f"{abs(change):.1%} {'more' if change > 0 else 'fewer'} FLOPs" if change else "the same FLOPs")

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from ..units import gib
-from .allocator import AllocatorSettings
+from .allocator_settings import AllocatorSettings
 from .gpu import Gpu
 from .memory import Estimate, estimate
-from .plan import differences
+from .plan import differences, speed_words
 from .risk import needed_for
 from .search import LOSS_CHUNKS, Candidate, Grid, rank
 from .shape import Shape
@@ -33,7 +33,7 @@ class Repair:
 
     def sentence(self) -> str:
         """What to change, what it then needs, and what it costs."""
-        speed = "" if self.speed_ratio is None else f", {_percent(self.speed_ratio)}"
+        speed = "" if self.speed_ratio is None else f", {speed_words(self.speed_ratio - 1)}"
         return f"{', '.join(self.changes)} ({gib(self.estimate.process_bytes)} for the process{speed})"
 
     def as_dict(self) -> dict[str, object]:
@@ -44,11 +44,6 @@ class Repair:
             "process_bytes": self.estimate.process_bytes,
             "speed_ratio": self.speed_ratio,
         }
-
-
-def _percent(ratio: float) -> str:
-    change = ratio - 1
-    return "as fast" if abs(change) < 0.0005 else f"{abs(change):.1%} {'faster' if change > 0 else 'slower'}"
 
 
 def smallest_repair(

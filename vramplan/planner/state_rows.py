@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .allocator import MIN_BLOCK
 from .shape import Ints, Shape
 from .step import StepConfig
 from .tape import Row, Tape
-
-CUDA_GRANULARITY = 512
-"""Every CUDA request is rounded up to this (torch c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 
 
 @dataclass(slots=True)
@@ -53,7 +51,7 @@ class StateRows:
         self._locals: list[Row] = []
         self._full_norm: Row | None = None
         self._kept_logits: Row | None = None
-        self.tape = Tape(CUDA_GRANULARITY if self.cuda else 1)
+        self.tape = Tape(MIN_BLOCK if self.cuda else 1)
 
     def _parameters(self) -> list[tuple[str, Ints, Ints]]:
         """(name, elements, copies) of every parameter tensor; block tensors are repeated n_layer times."""
@@ -123,6 +121,10 @@ class StateRows:
         if not self.autocast:
             return None
         return self.tape.new("logits of the previous micro-step", "logits_and_loss", self.e * self.V * self.N)
+
+    def _leave_forward(self) -> None:
+        """The model's locals go, and the caller's name is bound to the new logits."""
+        self.tape.free(self._kept_logits, *self._locals, self._full_norm)
 
     def _optimizer(self) -> None:
         if self.step.optimizer == "adamw-foreach":

@@ -6,7 +6,6 @@ that dies in an evaluation has therefore already been saved. Nothing is printed:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, Problem, Stopped, VramplanError, command
+from ..errors import ConfigError, DataError, Problem, VramplanError
 from ..runconfig import RunConfig
-from ..units import gib
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -28,6 +26,7 @@ from .checkpoint import (
     rng_state,
     set_rng_state,
 )
+from .endings import explained, saved
 from .events import (
     AlreadyFinished,
     CheckpointSaved,
@@ -40,8 +39,7 @@ from .events import (
     StopRequested,
     ignore,
 )
-from .interrupt import StopAtOnce, StopSignal
-from .memory_errors import out_of_memory
+from .interrupt import StopSignal
 from .model import GPT
 from .optimizer import build_optimizer
 from .recorder import Recorder, last_evaluation
@@ -97,7 +95,7 @@ def train(
         raise ConfigError(Problem("model.vocab_size", given, "is smaller than the data's", f"use at least {needed}"))
     run = RunDirectory(run_dir)
     folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
-    with _explained(run, folder, config), StopSignal() as stop, run.claimed(config, resume=resume):
+    with explained(run, folder, config), StopSignal() as stop, run.claimed(config, resume=resume):
         found = _newest(folder, config, on_event)
         finished = _finished(config, run, found[1]) if found else None
         if finished:
@@ -123,42 +121,6 @@ def _newest(folder: CheckpointFolder, config: RunConfig, on_event: OnEvent) -> t
         if problems:
             raise DataError(problems, source=f"the configuration is not the one that {found[0]} was trained with")
     return found
-
-
-@contextlib.contextmanager
-def _explained(run: RunDirectory, folder: CheckpointFolder, config: RunConfig) -> Iterator[None]:
-    """A second signal, a failed allocation or write: each ends the run with what is saved and how to go on."""
-    try:
-        yield
-    except StopAtOnce as stop:
-        raise Stopped(f"stopped at once by {stop}. {_saved(folder)} {_go_on(run)}", stop.number) from None
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise VramplanError(_memory_ran_out(error, run, folder, config)) from error
-    except OSError as error:
-        reason = f"{error.filename or run.path} cannot be used ({error.strerror or error})"
-        raise VramplanError(f"{reason}. {_saved(folder)} {_go_on(run)}") from None
-
-
-def _memory_ran_out(error: BaseException, run: RunDirectory, folder: CheckpointFolder, config: RunConfig) -> str:
-    words = (str(error).splitlines() or [type(error).__name__])[0]
-    planned = config.plan.process_bytes
-    expected = f" The plan expected {gib(planned)} for the whole process." if planned else ""
-    if folder.paths():
-        way = f"train on within what is free: {command('vramplan', 'train', '--resume', run.path, '--replan')}"
-    else:
-        way = "plan again with what is free now (--vram), or start with --replan"
-    return f"memory ran out: {words}{expected} {_saved(folder)} Close other programs, or {way}"
-
-
-def _saved(folder: CheckpointFolder) -> str:
-    last = next(iter(folder.paths()), None)
-    return f"The last checkpoint is {last}." if last else "No checkpoint was saved before."
-
-
-def _go_on(run: RunDirectory) -> str:
-    return f"Resume with: {command('vramplan', 'train', '--resume', run.path)}"
 
 
 def _finished(config: RunConfig, run: RunDirectory, checkpoint: Checkpoint) -> TrainResult | None:
@@ -342,7 +304,7 @@ class _Trainer:
     def _fail(self, reason: str) -> None:
         self.recorder.stopped(self.step, reason)
         remedy = "Start a new run with a lower learning_rate or a longer warm-up."
-        raise VramplanError(f"{reason}. {_saved(self.folder)} {remedy}")
+        raise VramplanError(f"{reason}. {saved(self.folder)} {remedy}")
 
     def _interrupted(self) -> TrainResult:
         self._announce_stop()
