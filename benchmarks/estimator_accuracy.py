@@ -27,12 +27,12 @@ from typing import Any
 
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import Estimate, estimate
+from vramplan.planner.plan import SHAPE_FIELDS
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias", "tied")
 STEP_FIELDS = ("batch_size", "grad_accum", "dtype", "compile", "loss", "optimizer", "workload", "dropout")
 
 
