@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import ConfigError, Problem, did_you_mean
 from .files import write_text
 from .planner.risk import CERTAINTY, LARGEST_RISK
-from .planner.shape import PADDED_GPT2_VOCAB, Shape, check_shape
+from .planner.shape import PADDED_GPT2_VOCAB, MLPKind, Norm, Positions, Shape, check_shape
 from .planner.step import (
     DEFAULT_LOSS_CHUNK,
     Checkpointing,
@@ -45,6 +45,12 @@ class ModelSection(_Section):
     block_size: int = Field(default=1024, ge=1)
     bias: bool = False
     tied: bool = True
+    norm: Norm = "layernorm"
+    positions: Positions = "learned"
+    mlp: MLPKind = "gelu"
+    n_kv_head: int = Field(default=0, ge=0, description="heads of keys and values; 0: as many as n_head")
+    qk_norm: bool = False
+    logit_softcap: float = Field(default=0.0, ge=0, description="soft limit of the logits; 0: off")
 
 
 class StepSection(_Section):

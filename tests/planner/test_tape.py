@@ -188,12 +188,14 @@ def test_sizes_round_up_to_the_granularity() -> None:
     assert peak(tape) == 512 + 512 + 3 * 1024
 
 
-def test_free_takes_the_newest_and_free_oldest_the_oldest() -> None:
+def test_an_instance_is_released_where_it_stands() -> None:
     tape = Tape()
     row = tape.row("handed on", "temporaries", 1)
-    tape.alloc(row, row, row)
-    tape.free(row)
-    tape.free_oldest(row)
+    owners = [object() for _ in range(3)]
+    for owner in owners:
+        tape.begin(row, owner)
+    tape.end(row, owners[2])
+    tape.end(row, owners[0])
     allocated = [c.block for c in unroll(tape) if c.alloc]
     released = [c.block for c in unroll(tape) if not c.alloc]
     assert released == [allocated[2], allocated[0]]

@@ -2,132 +2,151 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from .state_rows import Saved, StateRows, plain
-from .tape import Row
+from .autograd import Memory, Tensor
+from .operations import Operations
+from .shape import Ints
+from .state_rows import plain
 
 
-class LossRows(StateRows):
-    """Writes the rows of the loss; leaves the gradient of the hidden state in ``_dhidden``."""
+class LossRows(Operations):
+    """From the hidden state (the last norm's output) to the loss."""
 
-    _dhidden: Row
+    head: Tensor
+    model_logits: Memory = ()
+    caller_logits: Memory = ()
+    """What the loop's own name holds, until it is bound anew."""
+    locals: Sequence[Memory] = ()
+    """What the model's names hold until its forward returns."""
 
-    def _loss_forward(self) -> Saved:
-        return self._chunked_loss() if self.step.loss == "chunked" else self._full_loss()
+    def logits_rows(self, name: str, width: int, tokens: Ints) -> Memory:
+        """A tensor of ``tokens`` x vocabulary, ``width`` bytes each."""
+        return self.new(name, "logits_and_loss", width * self.V * tokens)
 
-    def _full_loss(self) -> Saved:
-        t, VN = self.tape, self.V * self.N
-        kept: dict[str, Row] = {}
-        if self.casts:
-            kept["head.w"] = t.new("head weight copy", "weights", 2 * self.V * self.h)
-        logits = t.new("logits", "logits_and_loss", self.e * VN)
-        if self.loss_outside:
-            self._leave_forward()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's product; keeps the hidden state and the head's half-precision copy."""
+        w = self.cast("head.weight", self.V * self.h, self.head)
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            dw = self.new("gradient of the head", "gradients", self.e * self.V * self.h)
+            return [self.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N), dw]
+
+        return self.result(self.logits_rows("logits", self.e, self.N), [hidden, w], backward, [hidden.memory, w.memory])
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        """Mean cross-entropy."""
+        return self._chunked_loss(hidden) if self.step.loss == "chunked" else self._full_loss(hidden)
+
+    def _full_loss(self, hidden: Tensor) -> Tensor:
+        scores = self.logits(hidden)
         if self.autocast:
-            kept["logits"] = logits
-        if self.e == self.w:
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", self.e * VN)
-        elif self.step.workload == "nanogpt":
-            # under CUDA autocast log_softmax runs in half precision and nll_loss on a float32 copy that it keeps
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 2 * VN)
-            kept["logp32"] = t.new("log-probabilities, float32", "logits_and_loss", 4 * VN)
-        else:
-            upcast = t.new("logits, float32", "logits_and_loss", 4 * VN)
-            if not self.autocast:
-                t.free(logits)
-            kept["logp"] = t.new("log-probabilities", "logits_and_loss", 4 * VN)
-            t.free(upcast)
-        if self.e == self.w and not self.autocast:
-            t.free(logits)
-        kept["scalars"] = t.new("loss scalars", "logits_and_loss", 4, times=3)
-        return Saved(kept)
+            self.model_logits = scores.memory
+        if self.loss_outside:
+            self.leave_forward()
+        if self.casts and self.step.workload != "nanogpt":
+            scores = self._upcast(scores)
+        return self._cross_entropy(self._capped(scores))
 
-    def _chunked_loss(self) -> Saved:
-        """Gradients of hidden state and head are formed here, slice by slice (trainer.loss)."""
-        t, h, V = self.tape, self.h, self.V
+    def leave_forward(self) -> None:
+        """The model's locals go, and the caller's name is bound to the new logits."""
+        self.locals, self.caller_logits, self.model_logits = (), self.model_logits, ()
+
+    def _upcast(self, logits: Tensor) -> Tensor:
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.logits_rows("gradient of the logits, half", 2, self.N)]
+
+        return self.result(self.logits_rows("logits, float32", 4, self.N), [logits], backward)
+
+    def _capped(self, scores: Tensor) -> Tensor:
+        """The soft limit keeps its output (``trainer.pointwise``)."""
+        if not self.shape.logit_softcap:
+            return scores
+        out = self.logits_rows("capped logits", 4, self.N)
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.logits_rows("gradient of the logits before their cap", 4, self.N)]
+
+        return self.result(out, [scores], backward, [out])
+
+    def _cross_entropy(self, scores: Tensor) -> Tensor:
+        """log_softmax and nll_loss; each keeps log-probabilities.
+
+        Under CUDA autocast log_softmax runs in half precision, and nll_loss on a float32 copy (nanoGPT).
+        """
+        width = self.e if self.e == self.w or self.step.workload == "nanogpt" else 4
+        logp = self.logits_rows("log-probabilities", width, self.N)
+
+        def through_softmax(_: Memory) -> Sequence[Memory]:
+            return [self.logits_rows("gradient of the logits", width, self.N)]
+
+        def narrowed(_: Memory) -> Sequence[Memory]:
+            return [self.logits_rows("gradient of the log-probabilities, half", 2, self.N)]
+
+        picked = self.result(logp, [scores], through_softmax, [logp])
+        if self.casts and width == 2:
+            wide = self.logits_rows("log-probabilities, float32", 4, self.N)
+            picked = self.result(wide, [picked], narrowed)
+            width = 4
+        scalars = self.new("loss scalars", "logits_and_loss", 4, times=3)
+
+        def chosen(_: Memory) -> Sequence[Memory]:
+            return [self.logits_rows("gradient of the log-probabilities", width, self.N)]
+
+        return self.result(scalars, [picked], chosen, [picked.memory, scalars])
+
+    # ---------------------------------------------------------------- in slices
+
+    def _chunked_loss(self, hidden: Tensor) -> Tensor:
+        """Gradients of hidden state and head are formed here, slice by slice (``trainer.loss``)."""
+        h, V = self.h, self.V
         c = plain(np.minimum(self.step.loss_chunk_tokens, self.N))
-        slices = -(-self.N // c)
-        copy = t.new("head weight copy", "weights", 2 * V * h) if self.e == 2 else None
-        kept = {
-            "grad_x": t.new("gradient of the hidden state", "gradients", self.e * h * self.N),
-            "grad_head": t.new("gradient of the head", "gradients", 4 * V * h),
-            "scalars": t.new("loss scalars", "logits_and_loss", 4, times=3),
-        }
-        with t.repeat(slices):
-            logits = t.new("logits of a slice", "logits_and_loss", self.e * V * c)
-            if self.e == 2:
-                scores = t.new("probabilities of a slice, float32", "logits_and_loss", 4 * V * c)
-                t.free(logits)
-            vectors = t.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=3)
-            t.free(t.new("per-token logarithms", "temporaries", 4 * c, times=2))
-            if self.e == 2:
-                grad = t.new("gradient of a slice's logits", "logits_and_loss", 2 * V * c)
-                t.free(scores, vectors)
-                product = t.new("head gradient of a slice", "temporaries", 2 * V * h)
-                t.free(product, grad)
-            else:
-                t.free(vectors, logits)
-        t.free(copy)
-        return Saved(kept)
+        copy = self.head_copy()
+        grads = (
+            self.new("gradient of the hidden state", "gradients", self.e * h * self.N),
+            self.new("gradient of the head", "gradients", 4 * V * h),
+        )
+        scalars = self.new("loss scalars", "logits_and_loss", 4, times=3)
+        with self.tape.repeat(-(-self.N // c)):
+            self._slice(c)
+        del copy
+        return self.result(scalars, [hidden, self.head], lambda _: grads, [scalars])
 
-    def _loss_only(self) -> None:
+    def head_copy(self) -> Memory:
+        """The head's weight in half precision, made without a gradient."""
+        return self.new("head.weight copy", "weights", 2 * self.V * self.h) if self.e == 2 else ()
+
+    def _slice(self, c: Ints) -> None:
+        """Logits of ``c`` tokens, their gradient, and its products with the weight and the hidden state."""
+        scores = self.logits_rows("logits of a slice", self.e, c)
+        if self.e == 2:
+            scores = self.logits_rows("probabilities of a slice, float32", 4, c)
+        slope = self.logits_rows("slope of a slice's cap", 4, c) if self.shape.logit_softcap else ()
+        vectors = self.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=3)
+        logarithms = self.new("per-token logarithms", "temporaries", 4 * c, times=2)
+        del logarithms, slope
+        if self.e == 2:
+            grad = self.logits_rows("gradient of a slice's logits", 2, c)
+            del scores, vectors
+            product = self.new("head gradient of a slice", "temporaries", 2 * self.V * self.h)
+            del product, grad
+
+    def evaluation_loss(self, hidden: Tensor) -> None:
         """The loss of an evaluation: all logits at once, or slices half as long as training's, worked on in place."""
-        t, V = self.tape, self.V
-        c = self.N if self.step.loss == "full" else -(-plain(np.minimum(self.step.loss_chunk_tokens, self.N)) // 2)
-        scalars = t.new("loss scalars", "logits_and_loss", 4, times=3)
-        copy = t.new("head weight copy", "weights", 2 * V * self.h) if self.e == 2 else None
-        with t.repeat(-(-self.N // c)):
-            logits = t.new("evaluation logits", "logits_and_loss", self.e * V * c)
-            if self.step.loss == "full":
-                t.free(copy)
-            if self.e == 2:
-                scores = t.new("evaluation logits, float32", "logits_and_loss", 4 * V * c)
-                t.free(logits)
-                logits = scores
-            if self.step.loss == "full":
-                t.free(t.new("evaluation log-probabilities", "logits_and_loss", 4 * V * c))
-            else:
-                t.free(t.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=4))
-            t.free(logits)
-        if self.step.loss == "chunked":
-            t.free(copy)
-        t.free(scalars)
-
-    def _loss_backward(self, loss: Saved) -> Row | None:
-        """Leaves the gradient of the hidden state alive; returns the head's gradient when it must wait (tied)."""
-        t, VN = self.tape, self.V * self.N
-        if self.step.loss == "chunked":
-            t.free(loss["scalars"])
-            self._dhidden = loss.rows["grad_x"]
-            return self._head_gradient(loss.rows["grad_head"])
-        wide = self.e if self.e == self.w else 4
-        dlogp = t.new("gradient of the log-probabilities", "logits_and_loss", wide * VN)
-        t.free(loss["scalars"], loss["logp32"])
-        if loss["logp32"] is not None:
-            half = t.new("gradient of the log-probabilities, half", "logits_and_loss", 2 * VN)
-            t.free(dlogp)
-            dlogp = half
-        width = 2 if loss["logp32"] is not None else wide
-        dlogits = t.new("gradient of the logits", "logits_and_loss", width * VN)
-        t.free(dlogp, loss["logp"])
-        if self.e < width:
-            half = t.new("gradient of the logits, half", "logits_and_loss", 2 * VN)
-            t.free(dlogits)
-            dlogits = half
-        dw = t.new("gradient of the head", "gradients", self.e * self.V * self.h)
-        self._dhidden = t.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
-        t.free(dlogits, loss["head.w"])
-        if self.casts:
-            full = t.new("gradient of the head, float32", "gradients", 4 * self.V * self.h)
-            t.free(dw)
-            dw = full
-        return self._head_gradient(dw)
-
-    def _head_gradient(self, dw: Row) -> Row | None:
-        """Tied: waits in autograd's input buffer for the embedding's share. Untied: becomes or joins ``.grad``."""
-        if self.shape.tied:
-            return dw
-        if self.accumulates:
-            self.tape.join(dw)
-        return None
+        scalars = self.new("loss scalars", "logits_and_loss", 4, times=3)
+        if self.step.loss == "full":
+            loss = self._full_loss(hidden)
+            del loss
+        else:
+            c = -(-plain(np.minimum(self.step.loss_chunk_tokens, self.N)) // 2)
+            copy = self.head_copy()
+            with self.tape.repeat(-(-self.N // c)):
+                scores = self.logits_rows("evaluation logits", self.e, c)
+                if self.e == 2:
+                    scores = self.logits_rows("evaluation logits, float32", 4, c)
+                vectors = self.new("per-token target score, maximum and sum", "temporaries", 4 * c, times=4)
+                del vectors, scores
+            del copy
+        del scalars

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-from ..errors import ConfigError, Problem
+from ..errors import ConfigError, Problem, did_you_mean
 from ..units import count
 
 Ints = Any  # an int, or a numpy integer array: the formulas below do not care
+
+Norm = Literal["layernorm", "rmsnorm"]
+Positions = Literal["learned", "rotary"]
+MLPKind = Literal["gelu", "swiglu", "relu2"]
 
 GPT2_VOCAB = 50257
 PADDED_GPT2_VOCAB = 50304
@@ -24,9 +28,12 @@ MAX_FUSED_HEAD_DIM = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One GPT-2-style decoder: learned positions, pre-LayerNorm blocks, an MLP four times as wide, GELU.
+    """One decoder. By default GPT-2's: learned positions, LayerNorm before each branch, a GELU MLP four times as wide.
 
     ``bias`` gives every linear layer and LayerNorm a bias; ``tied`` shares the token embedding with the output head.
+    ``n_kv_head`` below ``n_head`` groups queries (0: as many as ``n_head``); ``mlp`` "swiglu" is gated, "relu2" squares
+    a ReLU; ``qk_norm`` divides queries and keys by their root mean square; ``logit_softcap`` c makes the logits
+    c tanh(logits / c) (0: off).
     """
 
     n_layer: Ints
@@ -36,6 +43,12 @@ class Shape:
     block_size: Ints = 1024
     bias: bool = False
     tied: bool = True
+    norm: Norm = "layernorm"
+    positions: Positions = "learned"
+    mlp: MLPKind = "gelu"
+    n_kv_head: Ints = 0
+    qk_norm: bool = False
+    logit_softcap: float = 0.0
 
     @property
     def head_dim(self) -> Ints:
@@ -43,9 +56,41 @@ class Shape:
         return self.n_embd // self.n_head
 
     @property
+    def grouped(self) -> bool:
+        """Whether several query heads share a key and a value."""
+        if isinstance(self.n_kv_head, int) and isinstance(self.n_head, int):
+            return self.n_kv_head not in (0, self.n_head)
+        return not isinstance(self.n_kv_head, int) or self.n_kv_head > 0
+
+    @property
+    def kv_width(self) -> Ints:
+        """Width of all keys (or all values) of a token."""
+        return self.n_kv_head * self.head_dim if self.grouped else self.n_embd
+
+    @property
+    def qkv_width(self) -> Ints:
+        """Outputs of the projection into queries, keys and values."""
+        return self.n_embd + 2 * self.kv_width
+
+    @property
+    def mlp_width(self) -> Ints:
+        """Inputs of the MLP's second matrix: 4 h; gated 8/3 h rounded up to 64, which costs as many parameters."""
+        return -(-8 * self.n_embd // 192) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @property
+    def fc_width(self) -> Ints:
+        """Outputs of the MLP's first matrix: when gated, gate and value side by side."""
+        return 2 * self.mlp_width if self.mlp == "swiglu" else self.mlp_width
+
+    @property
+    def position_parameters(self) -> Ints:
+        """The table of learned positions."""
+        return self.block_size * self.n_embd if self.positions == "learned" else 0
+
+    @property
     def embedding_parameters(self) -> Ints:
         """Token embedding plus learned positions."""
-        return (self.vocab_size + self.block_size) * self.n_embd
+        return self.vocab_size * self.n_embd + self.position_parameters
 
     @property
     def head_parameters(self) -> Ints:
@@ -53,21 +98,36 @@ class Shape:
         return 0 if self.tied else self.vocab_size * self.n_embd
 
     @property
+    def norm_parameters(self) -> Ints:
+        """Weight, and for a LayerNorm with biases the bias, of one norm."""
+        return self.n_embd * (2 if self.norm_bias else 1)
+
+    @property
+    def norm_bias(self) -> bool:
+        """Whether norms have a bias: an RMSNorm never does."""
+        return self.bias and self.norm == "layernorm"
+
+    @property
+    def block_matrices(self) -> Ints:
+        """Elements of one block's four matrices: 12 h^2 in GPT-2's layout."""
+        return self.n_embd * (self.qkv_width + self.n_embd + self.fc_width + self.mlp_width)
+
+    @property
     def block_parameters(self) -> Ints:
-        """Weights of one block: 12 h^2 in four matrices, two LayerNorms, and their biases if any."""
-        h = self.n_embd
-        return 12 * h * h + 2 * h + (9 * h + 2 * h if self.bias else 0)
+        """Weights of one block: four matrices, two norms, and their biases if any."""
+        biases = self.qkv_width + self.fc_width + 2 * self.n_embd if self.bias else 0
+        return self.block_matrices + 2 * self.norm_parameters + biases
 
     @property
     def parameters(self) -> Ints:
         """All trainable parameters, shared ones once."""
-        final_norm = self.n_embd * (2 if self.bias else 1)
-        return self.embedding_parameters + self.head_parameters + self.n_layer * self.block_parameters + final_norm
+        outside = self.embedding_parameters + self.head_parameters + self.norm_parameters
+        return outside + self.n_layer * self.block_parameters
 
     @property
     def matmul_parameters(self) -> Ints:
         """Parameters that multiply activations: the blocks' matrices and the (possibly tied) head."""
-        return 12 * self.n_embd * self.n_embd * self.n_layer + self.vocab_size * self.n_embd
+        return self.block_matrices * self.n_layer + self.vocab_size * self.n_embd
 
     @property
     def flops_per_token(self) -> Ints:
@@ -75,8 +135,7 @@ class Shape:
 
         6 x (parameters without positions) + 12 L h T, not halved for causality (PaLM, appendix B).
         """
-        positions = self.block_size * self.n_embd
-        return 6 * (self.parameters - positions) + 12 * self.n_layer * self.n_embd * self.block_size
+        return 6 * (self.parameters - self.position_parameters) + 12 * self.n_layer * self.n_embd * self.block_size
 
     @property
     def label(self) -> str:
@@ -122,12 +181,20 @@ TIE = 0.02
 
 def published_name(shape: Shape) -> str | None:
     """Name of the published model with these dimensions, if there is one."""
+    if (shape.norm, shape.positions, shape.mlp) != ("layernorm", "learned", "gelu") or shape.grouped:
+        return None
     key = (shape.n_layer, shape.n_head, shape.n_embd)
     return next((p.name for p in PUBLISHED if (p.n_layer, p.n_head, p.n_embd) == key), None)
 
 
 LARGEST = {"n_layer": 1000, "n_head": 1024, "n_embd": 65_536, "vocab_size": 10_000_000, "block_size": 1_048_576}
 """Beyond these a value is taken for a slip; no published GPT comes near."""
+
+SHAPE_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": get_args(Norm),
+    "positions": get_args(Positions),
+    "mlp": get_args(MLPKind),
+}
 
 
 def divisors(n: int) -> tuple[int, ...]:
@@ -145,6 +212,14 @@ def check_shape(shape: Shape) -> list[Problem]:
             problems.append(Problem(field, value, "must be at least 1"))
         elif value > LARGEST[field]:
             problems.append(Problem(field, value, f"is beyond the largest that is planned for, {LARGEST[field]}"))
+    for field, known in SHAPE_CHOICES.items():
+        value = getattr(shape, field)
+        if value not in known:
+            problems.append(Problem(field, value, "is not one of the choices", did_you_mean(str(value), known)))
+    if shape.n_kv_head < 0:
+        problems.append(Problem("n_kv_head", shape.n_kv_head, "must be at least 0 (0: as many as n_head)"))
+    if not 0 <= shape.logit_softcap < math.inf:
+        problems.append(Problem("logit_softcap", shape.logit_softcap, "must be at least 0 (0: off)"))
     if problems:
         return problems
     if shape.n_embd % shape.n_head:
@@ -155,6 +230,14 @@ def check_shape(shape: Shape) -> list[Problem]:
                 f"is not divisible by n_head={shape.n_head}",
                 "use " + "; or ".join(describe_alternatives(shape)),
             )
+        )
+    elif shape.positions == "rotary" and shape.head_dim % 2:
+        rule = f"is odd (n_embd={shape.n_embd} / n_head={shape.n_head}): rotary positions turn pairs"
+        problems.append(Problem("head_dim", shape.head_dim, rule, "use another n_head, or positions=learned"))
+    if shape.grouped and shape.n_head % shape.n_kv_head:
+        near = ", ".join(str(d) for d in divisors(shape.n_head))
+        problems.append(
+            Problem("n_kv_head", shape.n_kv_head, f"does not divide n_head={shape.n_head}", f"use one of {near}")
         )
     return problems
 
@@ -185,7 +268,8 @@ def legal_neighbours(shape: Shape) -> list[Shape]:
     found: list[Shape] = []
 
     def offer(n_head: int, n_embd: int) -> None:
-        candidate = replace(shape, n_head=n_head, n_embd=n_embd)
+        shared = shape.n_kv_head if n_head % max(1, shape.n_kv_head) == 0 else 0
+        candidate = replace(shape, n_head=n_head, n_embd=n_embd, n_kv_head=shared)
         if 1 <= n_head <= min(n_embd, LARGEST["n_head"]) and candidate not in found:
             found.append(candidate)
 
@@ -229,26 +313,28 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
     """Every legal shape within ``tolerance`` (a fraction) of ``target`` parameters, nearest and most usual first.
 
     Widths are multiples of 64 from 64 to 8192, heads 64 or 128 wide, any depth; published shapes are always offered.
-    ``like`` gives vocabulary, block size, biases and tying. Sorted by: how far out of proportion (not at all for
-    conventional ones), distance in steps of TIE, published, distance, head_dim 64 before 128.
+    ``like`` gives everything else; where it has ``n_kv_head``, heads are multiples of that. Sorted by: how far out of
+    proportion (not at all for conventional ones), distance in steps of TIE, published, distance, head_dim 64 before
+    128.
     """
     low, high = target * (1 - tolerance), target * (1 + tolerance)
     found: dict[tuple[int, int, int], Shape] = {}
     for p in PUBLISHED:
         shape = replace(like, n_layer=p.n_layer, n_head=p.n_head, n_embd=p.n_embd)
-        if low <= shape.parameters <= high:
+        if low <= shape.parameters <= high and p.n_head % max(1, like.n_kv_head) == 0:
             found[(p.n_layer, p.n_head, p.n_embd)] = shape
     for n_embd in range(64, 8193, 64):
-        one = replace(like, n_layer=1, n_head=1, n_embd=n_embd)
-        outside = one.parameters - one.block_parameters
-        fewest = max(1, math.ceil((low - outside) / one.block_parameters))
-        most = min(DEEPEST, math.floor((high - outside) / one.block_parameters))
-        for n_layer in range(fewest, most + 1):
-            for head_dim in (64, 128):
-                if n_embd % head_dim == 0:
-                    n_head = n_embd // head_dim
-                    shape = replace(one, n_layer=n_layer, n_head=n_head)
-                    found.setdefault((n_layer, n_head, n_embd), shape)
+        for head_dim in (64, 128):
+            n_head = n_embd // head_dim
+            if n_embd % head_dim or n_head % max(1, like.n_kv_head):
+                continue
+            one = replace(like, n_layer=1, n_head=n_head, n_embd=n_embd)
+            per_layer = one.block_parameters
+            outside = one.parameters - per_layer
+            fewest = max(1, math.ceil((low - outside) / per_layer))
+            most = min(DEEPEST, math.floor((high - outside) / per_layer))
+            for n_layer in range(fewest, most + 1):
+                found.setdefault((n_layer, n_head, n_embd), replace(one, n_layer=n_layer))
 
     def key(s: Shape) -> tuple[float, int, bool, float, bool]:
         distance = abs(s.parameters - target) / target
@@ -292,7 +378,7 @@ def settle_shapes(
     if not closest:
         remedy = "give --n-layer, --n-head and --n-embd"
         if not stated:
-            least = (like.vocab_size + like.block_size) * 64
+            least = replace(like, n_layer=1, n_head=1, n_embd=64).embedding_parameters
             remedy += f", or a smaller --vocab-size (embeddings 64 wide alone take {count(least)})"
     beside = "".join(f", {name}={value}" for name, value in stated.items())
     raise ConfigError(Problem("--params", count(params), f"has no usual shape within {tolerance:.3g}{beside}", remedy))

@@ -6,28 +6,18 @@ dtype, w = bytes of a weight (and its gradient and moments), r = bytes of the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .allocator import MIN_BLOCK
+from .autograd import Graph
 from .shape import Ints, Shape
 from .step import StepConfig
-from .tape import Row, Tape
+from .tape import Tape
 
 
-@dataclass(slots=True)
-class Saved:
-    """What one block's forward leaves behind for its backward."""
-
-    rows: dict[str, Row]
-
-    def __getitem__(self, name: str) -> Row | None:
-        return self.rows.get(name)
-
-
-class StateRows:
+class StateRows(Graph):
     """Knows the configuration's widths and writes its persistent rows and the optimizer's."""
 
     def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0) -> None:
@@ -48,24 +38,25 @@ class StateRows:
         self.workspace_bytes = workspace_bytes
         # With accumulation the gradients exist already; one table has one answer, so the search splits its candidates.
         self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
-        self._locals: list[Row] = []
-        self._full_norm: Row | None = None
-        self._kept_logits: Row | None = None
-        self.tape = Tape(MIN_BLOCK if self.cuda else 1)
+        super().__init__(Tape(MIN_BLOCK if self.cuda else 1))
 
     def _parameters(self) -> list[tuple[str, Ints, Ints]]:
         """(name, elements, copies) of every parameter tensor; block tensors are repeated n_layer times."""
         s, h = self.shape, self.h
         block: list[tuple[str, Ints]] = [
-            ("ln_1.weight", h), ("attn.qkv.weight", 3 * h * h), ("attn.proj.weight", h * h),
-            ("ln_2.weight", h), ("mlp.fc.weight", 4 * h * h), ("mlp.proj.weight", 4 * h * h),
+            ("ln_1.weight", h), ("attn.qkv.weight", s.qkv_width * h), ("attn.proj.weight", h * h),
+            ("ln_2.weight", h), ("mlp.fc.weight", s.fc_width * h), ("mlp.proj.weight", h * s.mlp_width),
         ]  # fmt: skip
-        final: list[tuple[str, Ints]] = [("ln_f.weight", h)]
         if s.bias:
-            block += [("ln_1.bias", h), ("attn.qkv.bias", 3 * h), ("attn.proj.bias", h)]
-            block += [("ln_2.bias", h), ("mlp.fc.bias", 4 * h), ("mlp.proj.bias", h)]
-            final += [("ln_f.bias", h)]
-        outer: list[tuple[str, Ints]] = [("wte", s.vocab_size * h), ("wpe", s.block_size * h), *final]
+            block += [("attn.qkv.bias", s.qkv_width), ("attn.proj.bias", h)]
+            block += [("mlp.fc.bias", s.fc_width), ("mlp.proj.bias", h)]
+        outer: list[tuple[str, Ints]] = [("wte", s.vocab_size * h)]
+        if s.positions == "learned":
+            outer.append(("wpe", s.block_size * h))
+        outer.append(("ln_f.weight", h))
+        if s.norm_bias:
+            block += [("ln_1.bias", h), ("ln_2.bias", h)]
+            outer.append(("ln_f.bias", h))
         if not s.tied:
             outer.append(("lm_head", s.vocab_size * h))
         return [(n, k, 1) for n, k in outer] + [(n, k, s.n_layer) for n, k in block]
@@ -88,6 +79,9 @@ class StateRows:
                 self._optimizer_state(name, elements)
         if self.step.optimizer == "adamw8bit":
             t.new("quantisation maps", "optimizer", 1024, times=2)
+        if self.shape.positions == "rotary":
+            t.new("cosines of rotary positions", "inputs", self.e * self.shape.block_size * self.shape.head_dim)
+            t.new("sines of rotary positions", "inputs", self.e * self.shape.block_size * self.shape.head_dim // 2)
 
     def _kept_gradients(self) -> None:
         """With accumulation our trainer keeps ``.grad`` allocated from before step 0 on.
@@ -115,16 +109,6 @@ class StateRows:
         t.new(f"{name} exp_avg_sq", "optimizer", self.w * elements)
         if not (self.cuda and self.step.optimizer == "adamw-foreach"):
             t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU
-
-    def _caller_keeps(self) -> Row | None:
-        """nanoGPT and the hand-written loop still hold the previous micro-step's logits while the next forward runs."""
-        if not self.autocast:
-            return None
-        return self.tape.new("logits of the previous micro-step", "logits_and_loss", self.e * self.V * self.N)
-
-    def _leave_forward(self) -> None:
-        """The model's locals go, and the caller's name is bound to the new logits."""
-        self.tape.free(self._kept_logits, *self._locals, self._full_norm)
 
     def _optimizer(self) -> None:
         if self.step.optimizer == "adamw-foreach":

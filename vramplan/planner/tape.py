@@ -73,7 +73,9 @@ class Tape:
         self.rows: list[Row] = []
         self.events: list[Event | Repeat] = []
         self.phase = ""
+        self.closed = False
         self._open = [self.events]
+        self._living: dict[int, list[int]] = {}
 
     def row(self, name: str, category: Category, n_bytes: Ints, times: int = 1) -> Row:
         """Declare a tensor of ``n_bytes`` without allocating it yet."""
@@ -96,13 +98,26 @@ class Tape:
         """Release the newest living instance of each row; ``None`` stands for a tensor this configuration lacks."""
         self._open[-1].extend(Event(-1, row, self.phase) for row in rows if row is not None)
 
-    def join(self, *rows: Row) -> None:
-        """Release gradients that were added to ``.grad``; in the first micro-step they become it instead."""
-        self._open[-1].extend(Event(-1, row, self.phase, True) for row in rows)
+    def begin(self, row: Row, owner: object) -> None:
+        """Allocate an instance of ``row`` that belongs to ``owner``."""
+        self.alloc(row)
+        self._living.setdefault(row.index, []).append(id(owner))
 
-    def free_oldest(self, row: Row) -> None:
-        """Release the oldest living instance, for a tensor that is handed on from one repetition to the next."""
-        self._open[-1].append(Event(-2, row, self.phase))
+    def end(self, row: Row, owner: object, *, joins: bool = False) -> None:
+        """Release the instance that belongs to ``owner``: the newest one, or else the oldest.
+
+        ``joins``: it is a gradient that was added to ``.grad``; in the first micro-step it becomes that instead.
+        """
+        if self.closed:
+            return
+        living = self._living[row.index]
+        kind = -1 if living[-1] == id(owner) else -2
+        living.remove(id(owner))
+        self._open[-1].append(Event(kind, row, self.phase, joins))
+
+    def close(self) -> None:
+        """Record nothing from here on: what is alive stays alive."""
+        self.closed = True
 
     @contextmanager
     def repeat(self, count: Ints) -> Iterator[None]:

@@ -16,32 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..planner.step import StepConfig
+from .pointwise import softcap
 
-Slice = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Slice = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepConfig) -> Tensor:
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepConfig, cap: float = 0.0) -> Tensor:
     """Mean cross-entropy as a float32 scalar.
 
-    ``hidden`` (B, T, h) in the compute dtype, ``head`` (V, h) float32, ``targets`` (B, T) int64.
+    ``hidden`` (B, T, h) in the compute dtype, ``head`` (V, h) float32, ``targets`` (B, T) int64; ``cap`` is the soft
+    limit of the logits, 0 for none.
     """
     x, y = hidden.flatten(0, 1), targets.flatten()
     if step.loss == "full":
-        return F.cross_entropy(F.linear(x, head.to(x.dtype)).float(), y)
+        return F.cross_entropy(softcap(F.linear(x, head.to(x.dtype)).float(), cap), y)
     if not torch.is_grad_enabled():
-        return _chunked_loss_only(x, head, y, step.loss_chunk_tokens)
+        return _chunked_loss_only(x, head, y, step.loss_chunk_tokens, cap)
     fused = _compiled_slice() if step.compile else _slice
-    loss: Tensor = _ChunkedCrossEntropy.apply(x, head, y, step.loss_chunk_tokens, fused)  # type: ignore[no-untyped-call]
+    chunks = step.loss_chunk_tokens
+    loss: Tensor = _ChunkedCrossEntropy.apply(x, head, y, chunks, cap, fused)  # type: ignore[no-untyped-call]
     return loss
 
 
-def _chunked_loss_only(x: Tensor, head: Tensor, y: Tensor, chunk: int) -> Tensor:
+def _chunked_loss_only(x: Tensor, head: Tensor, y: Tensor, chunk: int, cap: float) -> Tensor:
     """The loss of an evaluation, in slices of half the length: never more than a training slice, compiled or not."""
     weight = head.to(x.dtype)
     total = torch.zeros((), device=x.device)
     chunk = -(-min(chunk, len(y)) // 2)
     for xs, ys in zip(torch.split(x, chunk), torch.split(y, chunk), strict=True):
         scores = F.linear(xs, weight).float()
+        if cap:
+            scores.div_(cap).tanh_().mul_(cap)
         picked, top = scores.gather(1, ys[:, None]), scores.amax(1, keepdim=True)
         total += (scores.sub_(top).exp_().sum(1, keepdim=True).log() + top - picked).sum()
         del scores, picked, top
@@ -56,13 +61,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, y: Tensor, chunk: int, fused: Slice) -> Tensor:
+    def forward(ctx: Any, x: Tensor, head: Tensor, y: Tensor, chunk: int, cap: float, fused: Slice) -> Tensor:
         weight = head.to(x.dtype)
         grad_x = torch.empty_like(x)
         grad_head = torch.zeros_like(head)
         total = torch.zeros((), device=x.device)
         for xs, ys, gs in zip(torch.split(x, chunk), torch.split(y, chunk), torch.split(grad_x, chunk), strict=True):
-            loss, grad_logits = fused(F.linear(xs, weight), ys)
+            loss, grad_logits = fused(F.linear(xs, weight), ys, cap)
             total += loss
             torch.mm(grad_logits, weight, out=gs)
             if x.dtype == head.dtype:
@@ -75,21 +80,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / y.numel()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_head = ctx.saved_tensors
         scale = grad_output / ctx.tokens
-        return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None
+        return grad_x.mul_(scale), grad_head.mul_(scale), None, None, None, None
 
 
-def _slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _slice(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """Summed loss of one slice (float32 scalar) and softmax minus one-hot (c, V) in the dtype of ``logits``.
 
     Everything after the float32 copy happens in place: one (c, V) float32 buffer serves scores, exponentials and
-    probabilities.
+    probabilities; a soft limit needs another for its slope.
     """
     dtype, index = logits.dtype, targets[:, None]
     scores = logits.float()
     del logits
+    slope = None
+    if cap:
+        slope = scores.div_(cap).tanh_().square().neg_().add_(1)
+        scores.mul_(cap)
     picked = scores.gather(1, index)
     top = scores.amax(1, keepdim=True)
     scores.sub_(top).exp_()
@@ -97,16 +106,23 @@ def _slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = (total.log() + top - picked).sum()
     scores.div_(total)
     scores.scatter_add_(1, index, torch.full_like(top, -1.0))
+    if slope is not None:
+        scores.mul_(slope)
+        del slope
     return loss, scores.to(dtype)
 
 
-def _fusable_slice(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _fusable_slice(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """The same as :func:`_slice` for the compiler: comparing with an index fuses, scattering needs a buffer more."""
-    scores, index = logits.float(), targets[:, None]
+    raw, index = logits.float(), targets[:, None]
+    scores = cap * torch.tanh(raw / cap) if cap else raw
     lse = torch.logsumexp(scores, 1, keepdim=True)
     loss = (lse - scores.gather(1, index)).sum()
     hit = torch.arange(logits.shape[1], device=logits.device) == index
-    return loss, ((scores - lse).exp() - hit.to(scores.dtype)).to(logits.dtype)
+    gradient = (scores - lse).exp() - hit.to(scores.dtype)
+    if cap:
+        gradient = gradient * (1 - torch.tanh(raw / cap).square())
+    return loss, gradient.to(logits.dtype)
 
 
 @cache

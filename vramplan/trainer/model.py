@@ -1,4 +1,4 @@
-"""The GPT that vramplan trains: GPT-2's layout, with every change of precision written out.
+"""The GPT that vramplan trains: GPT-2's layout or its modern variants, with every change of precision written out.
 
 There is no autocast anywhere: master weights are float32, and each tensor is cast where this file says so. The same
 casts happen on a CPU and on a GPU, so a CPU pass confirms the planner's tensor table byte for byte.
@@ -7,6 +7,7 @@ casts happen on a CPU and on a GPU, so a CPU pass confirms the planner's tensor 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from .loss import next_token_loss
+from .pointwise import rms_norm, rotary_tables, rotate, softcap, squared_relu, swiglu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,37 +50,76 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, 1e-5)
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, with a weight and no bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same, in the dtype of ``x``."""
+        return rms_norm(x, self.weight.to(x.dtype))
+
+
+def norm(shape: Shape) -> LayerNorm | RMSNorm:
+    """The normalisation that ``shape`` asks for."""
+    return RMSNorm(shape.n_embd) if shape.norm == "rmsnorm" else LayerNorm(shape.n_embd, shape.bias)
+
+
 class Attention(nn.Module):
-    """Causal multi-head self-attention through PyTorch's fused kernel."""
+    """Causal multi-head self-attention through PyTorch's fused kernel; several queries may share a key and a value."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.n_head = shape.n_head
-        self.qkv = Linear(shape.n_embd, 3 * shape.n_embd, shape.bias)
+        self.shape = shape
+        self.qkv = Linear(shape.n_embd, shape.qkv_width, shape.bias)
         self.proj = Linear(shape.n_embd, shape.n_embd, shape.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, h) -> (B, T, h)."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, T, h), and the tables of rotary positions if there are any -> (B, T, h)."""
         B, T, h = x.shape
+        s = self.shape
         q, k, v = (
-            part.view(B, T, self.n_head, h // self.n_head).transpose(1, 2) for part in self.qkv(x).split(h, dim=2)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            part.view(B, T, -1, s.head_dim) for part in self.qkv(x).split([h, s.kv_width, s.kv_width], dim=2)
+        )  # fmt: skip
+        if s.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out: Tensor = self.proj(y.transpose(1, 2).reshape(B, T, h))
         return out
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of (B, heads, T, width); ``k`` and ``v`` may have fewer heads."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and not _kernel_groups(q):
+        k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+
+
+def _kernel_groups(q: Tensor) -> bool:
+    """Whether the fused kernel takes fewer keys than queries: all but CUDA's for float32 do."""
+    return q.dtype != torch.float32 or not q.is_cuda
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu, "relu2": squared_relu}
+
+
 class MLP(nn.Module):
-    """Four times as wide as the residual stream, with GELU."""
+    """Four times as wide as the residual stream with GELU or a squared ReLU; or gated, with as many parameters."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.fc = Linear(shape.n_embd, 4 * shape.n_embd, shape.bias)
-        self.proj = Linear(4 * shape.n_embd, shape.n_embd, shape.bias)
+        self.activation = ACTIVATIONS[shape.mlp]
+        self.fc = Linear(shape.n_embd, shape.fc_width, shape.bias)
+        self.proj = Linear(shape.mlp_width, shape.n_embd, shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, h) -> (B, T, h)."""
-        out: Tensor = self.proj(F.gelu(self.fc(x)))
+        out: Tensor = self.proj(self.activation(self.fc(x)))
         return out
 
 
@@ -87,14 +128,14 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(shape.n_embd, shape.bias)
+        self.ln_1 = norm(shape)
         self.attn = Attention(shape)
-        self.ln_2 = LayerNorm(shape.n_embd, shape.bias)
+        self.ln_2 = norm(shape)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, h) -> (B, T, h)."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, T, h), and the tables of rotary positions if there are any -> (B, T, h)."""
+        x = x + self.attn(self.ln_1(x), rotary)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
@@ -105,14 +146,22 @@ class GPT(nn.Module):
     the residual stream scaled by 1/sqrt(2 n_layer).
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, shape: Shape, step: StepConfig, seed: int = 1337) -> None:
         super().__init__()
         self.shape, self.step = shape, step
         self.dtype = DTYPES[step.dtype]
         self.wte = nn.Parameter(torch.empty(shape.vocab_size, shape.n_embd))
-        self.wpe = nn.Parameter(torch.empty(shape.block_size, shape.n_embd))
+        learned = shape.positions == "learned"
+        self.wpe = nn.Parameter(torch.empty(shape.block_size, shape.n_embd)) if learned else None
+        if not learned:
+            cos, sin = rotary_tables(shape.block_size, shape.head_dim, self.dtype)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
-        self.ln_f = LayerNorm(shape.n_embd, shape.bias)
+        self.ln_f = norm(shape)
         self.lm_head = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.n_embd))
         self._initialise(seed)
 
@@ -135,18 +184,26 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, h) after the last LayerNorm, in the compute dtype."""
-        x = (F.embedding(tokens, self.wte) + self.wpe[: tokens.shape[1]]).to(self.dtype)
+        T = tokens.shape[1]
+        x = F.embedding(tokens, self.wte)
+        if self.wpe is not None:
+            x = x + self.wpe[:T]
+        rotary = None if self.wpe is not None else (self.cos[:T], self.sin[:T])
+        x = x.to(self.dtype)
         recompute = self.step.checkpointing == "block" and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
+            if recompute:
+                x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotary)
         out: Tensor = self.ln_f(x)
         return out
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token cross-entropy of (B, T) int64 tokens and targets: a float32 scalar."""
-        return next_token_loss(self.hidden(tokens), self.head, targets, self.step)
+        return next_token_loss(self.hidden(tokens), self.head, targets, self.step, self.shape.logit_softcap)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, V) float32 logits of the token that follows the last position."""
         x = self.hidden(tokens)[:, -1]
-        return F.linear(x, self.head.to(x.dtype)).float()
+        return softcap(F.linear(x, self.head.to(x.dtype)).float(), self.shape.logit_softcap)

@@ -38,7 +38,8 @@ def _compiled(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
         whole: Callable[[Tensor, Tensor], Tensor] = torch.compile(model, dynamic=False)
         return whole
     hidden = torch.compile(model.hidden, dynamic=False)
-    return lambda tokens, targets: next_token_loss(hidden(tokens), model.head, targets, model.step)
+    cap = model.shape.logit_softcap
+    return lambda tokens, targets: next_token_loss(hidden(tokens), model.head, targets, model.step, cap)
 
 
 class TrainStep:

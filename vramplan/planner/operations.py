@@ -1,0 +1,375 @@
+"""The operations of a GPT as eager PyTorch runs them: what each allocates, and what it keeps for its backward.
+
+Read off real allocator traces of ``trainer.model`` (torch 2.13) and, for what CUDA does differently, from the kernels'
+sources named beside the rows. For the widths e, w, r, h and N see :mod:`state_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .autograd import Leaf, Memory, Tensor
+from .shape import Ints
+from .state_rows import StateRows, plain
+from .tape import Row
+
+
+class Operations(StateRows):
+    """Each method is one operation: its arguments are tensors, its result is a new one (or a view)."""
+
+    kept_gradients: list[Memory]
+    stopping = False
+    """While a block is recomputed: its last product is not repeated."""
+
+    # ---------------------------------------------------------------- parameters
+
+    def leaf(self) -> Tensor:
+        """A parameter."""
+        return Tensor((), Leaf(self.finish_gradient))
+
+    def finish_gradient(self, grad: Memory) -> None:
+        """A complete gradient becomes ``.grad``, or is added to it in place and goes."""
+        for storage in grad:
+            storage.joins = self.accumulates
+        if not self.accumulates:
+            self.kept_gradients.append(grad)
+
+    def cast(self, name: str, elements: Ints, parameter: Tensor | None = None) -> Tensor:
+        """A parameter as products take it: a half-precision copy where the master weights are wider."""
+        parameter = parameter or self.leaf()
+        if not self.casts:
+            return parameter
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.new(f"{name} gradient, float32", "gradients", self.w * elements)]
+
+        return self.result(self.new(f"{name} copy", "weights", self.e * elements), [parameter], backward)
+
+    # ---------------------------------------------------------------- linear layers
+
+    def linear(self, name: str, x: Tensor, n_out: Ints, n_in: Ints) -> Tensor:
+        """Keeps its input and the (copy of the) weight, not the bias."""
+        size = self.e * n_out * self.N
+        b = self.cast(f"{name}.bias", n_out) if self.shape.bias else None
+        w = self.cast(f"{name}.weight", n_out * n_in)
+        out: Memory = ()
+        if name == "attn.qkv":
+            out = self.parted(f"{name} output", size)
+        elif not (self.stopping and name == "mlp.proj"):
+            out = self.new(f"{name} output", "activations", size)
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            def weight() -> Memory:
+                return self.new(f"{name}.weight gradient", "gradients", self.e * n_out * n_in)
+
+            def given() -> Memory:
+                return self.new(f"{name} input gradient", "temporaries", self.e * n_in * self.N)
+
+            if not self.shape.bias:  # mm's backward makes the second operand's gradient first, addmm's does not
+                dw = weight()
+                return [given(), dw]
+            dx, dw = given(), weight()
+            return [dx, dw, self.new(f"{name}.bias gradient", "gradients", self.e * n_out)]
+
+        return self.result(out, [x, w, *([b] if b else [])], backward, [x.memory, w.memory])
+
+    # ---------------------------------------------------------------- normalisation
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """The norm of the shape, over the residual stream."""
+        return self._rms_norm(name, x, self.h, True) if self.shape.norm == "rmsnorm" else self._layer_norm(name, x)
+
+    def _layer_norm(self, name: str, x: Tensor) -> Tensor:
+        """Keeps its input, mean and 1/std, and its own parameters' copies."""
+        casts = self.casts and not self.autocast  # autocast normalises in float32
+        width = 4 if self.autocast else self.e
+        parts = ["weight", "bias"] if self.shape.norm_bias else ["weight"]
+        own = [self.cast(f"{name}.{p}", self.h) if casts else self.leaf() for p in parts]
+        category = "temporaries" if width != self.e else "activations"
+        out = self.new(f"{name} output" + (", float32" if width != self.e else ""), category, width * self.h * self.N)  # type: ignore[arg-type]
+        saved = [self.new(f"{name} {what}", "activations", self.stat * self.N) for what in ("mean", "1/std")]
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            dx = self.new(f"{name} input gradient", "temporaries", self.r * self.h * self.N)
+            narrow = self.e if casts else self.w
+            return [dx, *(self.new(f"{name}.{p} gradient", "gradients", narrow * self.h) for p in parts)]
+
+        return self.result(out, [x, *own], backward, [x.memory, *saved, *(p.memory for p in own)])
+
+    def _rms_norm(self, name: str, x: Tensor, elements: Ints, weighted: bool, rows: Ints | None = None) -> Tensor:
+        """Keeps its input, the float32 reciprocal roots (one per row) and the weight's copy.
+
+        ``elements`` per token are divided among ``rows`` per micro-batch (one per token unless given).
+        """
+        size, wide = self.e * elements * self.N, 4 * elements * self.N
+        rows = self.N if rows is None else rows
+        w = self.cast(f"{name}.weight", elements) if weighted else Tensor()
+        strided = self.cuda and not weighted
+
+        def contiguous() -> Memory:  # of a view into qkv (ATen layer_norm_kernel.cu, expect_contiguous)
+            return self.new(f"{name} input, contiguous (kernel)", "temporaries", size) if strided else ()
+
+        def full(what: str, n_bytes: Ints = wide) -> Memory:
+            return self.new(f"{name} {what}", "temporaries", n_bytes)
+
+        if self.cuda:
+            copied = contiguous()
+            out = self.new(f"{name} output", "activations", size) if weighted else self.parted(f"{name} output", size)
+            scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
+            del copied
+        else:
+            out, scale = self._rms_norm_by_hand(name, size, wide, rows, weighted)
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            if self.cuda:
+                copied = contiguous()
+                dx = self.new(f"{name} input gradient", "temporaries", size)
+                dw = self.new(f"{name}.weight gradient", "gradients", self.e * elements) if weighted else ()
+                del copied
+                return [dx, dw]
+            widened = full("input, float32") if self.e == 2 else ()
+            normed = full("normalised")
+            del widened
+            widened = full("gradient, float32") if self.e == 2 else ()
+            along = full("gradient along the input")
+            del widened
+            dw = ()
+            if weighted:
+                summed = self.new(f"{name}.weight gradient, summed", "gradients", 4 * elements)
+                dw = self.new(f"{name}.weight gradient", "gradients", 2 * elements) if self.e == 2 else summed
+                del summed
+            mean = full("gradient along the input, mean", 4 * rows)
+            del mean
+            widened = full("gradient, float32") if self.e == 2 and weighted else ()
+            dx = full("input gradient")
+            del widened
+            if self.e == 2:
+                dx = full("input gradient, half", size)
+            del normed, along
+            return [dx, dw]
+
+        return self.result(out, [x, w], backward, [x.memory, w.memory, scale])
+
+    def _rms_norm_by_hand(self, name: str, size: Ints, wide: Ints, rows: Ints, weighted: bool) -> tuple[Memory, Memory]:
+        """Where there is no fused kernel: ``trainer.pointwise``."""
+        widened = self.new(f"{name} input, float32", "temporaries", wide) if self.e == 2 else ()
+        squares = self.new(f"{name} squares", "temporaries", wide)
+        mean = self.new(f"{name} mean square", "temporaries", 4 * rows)
+        del squares
+        scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
+        del mean
+        out = self.new(f"{name} normalised" if weighted or self.e == 2 else f"{name} output", "activations", wide)
+        if weighted:
+            out, unweighted = self.new(f"{name} output", "activations", wide), out
+        else:
+            unweighted = ()
+        if self.e == 2:
+            half = self.new(f"{name} output, half", "activations", size)
+            out = half
+        del widened, unweighted
+        return out, scale
+
+    def half(self, name: str, x: Tensor) -> Tensor:
+        """The copy of a float32 norm's output that autocast makes for the next product."""
+        if not (self.autocast and self.casts):
+            return x
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.new(f"{name} output gradient, float32", "temporaries", 4 * self.h * self.N)]
+
+        return self.result(self.new(f"{name} output", "activations", self.e * self.h * self.N), [x], backward)
+
+    # ---------------------------------------------------------------- residual stream
+
+    def residual(self, x: Tensor, branch: Tensor, row: Row | None = None) -> Tensor:
+        """x + branch, as another instance of ``row`` if that is given."""
+        out: Memory = ()
+        if row is None:
+            out = self.new("residual after attention", "activations", self.r * self.h * self.N)
+        elif not self.stopping:
+            out = self.again(row)
+
+        def backward(grad: Memory) -> Sequence[Memory]:
+            """Both get the same tensor, except where the branch is narrower."""
+            if self.r == self.e:
+                return [grad, grad]
+            return [grad, self.new("gradient of a branch", "temporaries", self.e * self.h * self.N)]
+
+        return self.result(out, [x, branch], backward)
+
+    def drop(self, what: str, x: Tensor, width: int) -> Tensor:
+        """Dropout keeps a mask of one byte per element."""
+        if not self.dropout:
+            return x
+        hN = self.h * self.N
+        out = self.new(f"{what} after dropout", "activations", width * hN)
+        mask = self.new(f"{what}: dropout mask", "activations", hN)
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.new(f"gradient of {what} before dropout", "temporaries", width * hN)]
+
+        return self.result(out, [x], backward, [mask])
+
+    # ---------------------------------------------------------------- activation functions
+
+    def activation(self, x: Tensor) -> Tensor:
+        """GELU, squared ReLU or the gate: all keep their input only (``trainer.pointwise``)."""
+        s, e = self.shape, self.e
+        out = self.new(f"{s.mlp} output", "activations", e * s.mlp_width * self.N)
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            dx = self.new(f"{s.mlp} input gradient", "temporaries", e * s.fc_width * self.N)
+            if s.mlp == "swiglu":
+                again = self.new("activation of the gate, again", "temporaries", e * s.mlp_width * self.N)
+                del again
+            return [dx]
+
+        return self.result(out, [x], backward, [x.memory])
+
+    # ---------------------------------------------------------------- attention
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """Views of queries, keys and values; backward joins their gradients."""
+        s = self.shape
+
+        def backward(*_: Memory) -> Sequence[Memory]:
+            return [self.new("gradient of qkv", "temporaries", self.e * s.qkv_width * self.N)]
+
+        parts = self.results([qkv.memory] * 3, [qkv], backward)
+        return [self._made_contiguous(part, name) for part, name in zip(parts, "qkv", strict=True)]
+
+    def rotate(self, name: str, x: Tensor, width: Ints) -> Tensor:
+        """Rotary positions keep nothing but their tables."""
+        size = self.e * width * self.N
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.new(f"gradient of {name}, turned back", "temporaries", size)]
+
+        return self.result(self.parted(f"{name}, turned", size), [x], backward)
+
+    def repeat_heads(self, name: str, x: Tensor) -> Tensor:
+        """Keys or values once for every query that shares them, where the kernel wants them so: CUDA's for float32."""
+        s = self.shape
+        if not (s.grouped and self.cuda and not self.step.half):
+            return x
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            return [self.new(f"gradient of {name}, summed", "temporaries", self.e * s.kv_width * self.N)]
+
+        return self.result(self.new(f"{name}, repeated", "activations", self.e * self.h * self.N), [x], backward)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """scaled_dot_product_attention through a fused kernel: keeps q, k, v, its output and the log-sum-exp."""
+        s, e = self.shape, self.e
+        k, v = self.repeat_heads("k", k), self.repeat_heads("v", v)
+        widths = [self.h, *([self.h if self.cuda and not self.step.half else s.kv_width] * 2)]
+        q, k, v = (self._pad(part, name, w) for part, name, w in zip((q, k, v), "qkv", widths, strict=True))
+        out = self.new("attention output", "activations", self._unpadded(e * self.h * self.N))
+        if self.pads:
+            out += self.new("padded attention output", "activations", self._widened(self.h))
+        rows = s.block_size
+        if self.cuda and not self.step.half:
+            rows = -(-rows // 32) * 32  # memory-efficient attention aligns its log-sum-exp to 32 (ATen attention.cu)
+        saved = [self.new("attention log-sum-exp", "activations", 4 * s.n_head * self.step.batch_size * rows)]
+        if self.cuda:
+            saved.append(self.new("attention rng state", "activations", 16, times=2))
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            grads = []
+            for name, width in zip("qkv", widths, strict=True):
+                grads.append(self.new(f"gradient of {name}", "temporaries", self._unpadded(e * width * self.N)))
+                if self.pads:
+                    grads[-1] += self.new(f"gradient of padded {name}", "temporaries", self._widened(width))
+            kernel = self._attention_kernel()
+            del kernel
+            return grads
+
+        attended = self.result(out, [q, k, v], backward, [q.memory, k.memory, v.memory, out, *saved])
+        return self._cut(attended)
+
+    def _attention_kernel(self) -> list[Memory]:
+        """What the kernel's backward takes for itself."""
+        s = self.shape
+        if not self.cuda:
+            return []
+        if not self.step.half:
+            return [self.new("attention delta (kernel)", "temporaries", 4 * s.n_head * self.N)]
+        # FlashAttention-2 accumulates dq in float32, rows rounded to 128 and widths to 32 (flash_api.cpp, mha_bwd)
+        rows = -(-s.block_size // 128) * 128 * self.step.batch_size * s.n_head
+        width = -(-s.head_dim // 32) * 32
+        taken = [
+            self.new("float32 accumulator of dq (kernel)", "temporaries", 4 * rows * width),
+            self.new("softmax sums of dq (kernel)", "temporaries", 4 * rows),
+        ]
+        if s.grouped:  # gradients of k and v for every query, before they are summed (the same function)
+            size = self._unpadded(self.e * self.h * self.N) + (self._widened(self.h) if self.pads else 0)
+            taken += [self.new(f"gradient of {part} for every query (kernel)", "temporaries", size) for part in "kv"]
+        return taken
+
+    # Heads that are no multiple of 8 wide are padded: FlashAttention takes no others, and scaled_dot_product_attention
+    # then keeps padded copies of q, k, v and its output (ATen transformers/attention.cpp, pad_last_dim).
+
+    @property
+    def pads(self) -> bool:
+        """Whether any candidate's heads are padded."""
+        return self.cuda and self.step.half and bool(np.any(np.asarray(self.shape.head_dim) % 8 != 0))
+
+    def parted(self, name: str, n_bytes: Ints) -> Memory:
+        """A tensor that attention keeps as it is, and where heads are padded does not keep: apart, as two."""
+        if not self.pads:
+            return self.new(name, "activations", n_bytes)
+        kept = self.new(name, "activations", self._unpadded(n_bytes))
+        return kept + self.new(f"{name}, padded later", "activations", self._padded(n_bytes))
+
+    def _widened(self, width: Ints) -> Ints:
+        """Bytes of ``width`` per token in heads padded to a multiple of 8; 0 where none are."""
+        d = self.shape.head_dim
+        return self._padded(self.e * self.N * (width // d) * (-(-d // 8) * 8))
+
+    def _padded(self, n_bytes: Ints) -> Ints:
+        """``n_bytes`` where heads are padded, 0 elsewhere."""
+        return plain(np.where(np.asarray(self.shape.head_dim) % 8 != 0, n_bytes, 0))
+
+    def _unpadded(self, n_bytes: Ints) -> Ints:
+        """``n_bytes`` where heads are not padded, 0 elsewhere."""
+        return n_bytes - self._padded(n_bytes) if self.pads else n_bytes
+
+    def _pad(self, x: Tensor, name: str, width: Ints) -> Tensor:
+        """A padded copy; its gradient is cut back. Where no head is padded it is the tensor itself."""
+        if not self.pads:
+            return x
+
+        def backward(grad: Memory) -> Sequence[Memory]:
+            cut = self.new(f"gradient of {name}, cut", "temporaries", self._padded(self.e * width * self.N))
+            return [grad[:1] + cut]
+
+        return self.result(
+            x.memory[:1] + self.new(f"padded {name}", "activations", self._widened(width)), [x], backward
+        )
+
+    def _made_contiguous(self, x: Tensor, name: str) -> Tensor:
+        """The gradient of a padded part, once cut, is copied to be joined with the others."""
+        width = self.h if name == "q" else self.shape.kv_width
+        if not self.pads or (name != "v" and (self.shape.qk_norm or self.shape.positions == "rotary")):
+            return x
+
+        def backward(grad: Memory) -> Sequence[Memory]:
+            size = self._padded(self.e * width * self.N)
+            return [grad[:1] + self.new(f"gradient of {name}, contiguous", "temporaries", size)]
+
+        return self.result(x.memory, [x], backward)
+
+    def _cut(self, attended: Tensor) -> Tensor:
+        """Attention's output without its padding, joined over the heads."""
+        if not self.pads:
+            return attended
+        size = self.e * self.h * self.N
+        joined = self.new("attention output, joined", "activations", self._padded(size))
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            padded = self.new("gradient of padded out", "temporaries", self._widened(self.h))
+            return [self.new("gradient of the attention output", "temporaries", self._unpadded(size)) + padded]
+
+        return self.result(attended.memory[:1] + joined, [attended], backward)
