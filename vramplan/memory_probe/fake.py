@@ -24,6 +24,7 @@ from ..errors import ConfigError, Problem
 from ..planner.allocator import MIN_BLOCK
 from ..planner.shape import Shape, check_shape
 from ..planner.step import StepConfig, check_step
+from ..trainer import model, pointwise
 from .cpu import StepMeasurement, follow, measurement, random_batches
 from .meter import TensorMeter
 
@@ -62,8 +63,14 @@ def cuda_operators(step: StepConfig) -> Iterator[None]:
         yield
         return
     statistics = _CudaStatistics()  # type: ignore[no-untyped-call]
-    attention = mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)
-    with attention, mock.patch.object(F, "dropout", _dropout), statistics:
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(F, "dropout", _dropout),
+        mock.patch.object(F, "rms_norm", _rms_norm),
+        mock.patch.object(pointwise, "has_fused_norm", lambda _: True),
+        mock.patch.object(model, "kernel_groups", lambda q: q.dtype != torch.float32),
+        statistics,
+    ):
         yield
 
 
@@ -73,7 +80,29 @@ def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return out
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_p: float = 0.0) -> Tensor:
+def _rms_norm(x: Tensor, width: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
+    out: Tensor = _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What CUDA's aten._fused_rms_norm gives and keeps; on other devices that operator is made of several."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return dx, None if weight is None else torch.empty_like(weight)
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_p: float = 0.0, enable_gqa: bool = False
+) -> Tensor:
     """FlashAttention in half precision, else memory-efficient attention: what CUDA dispatches to.
 
     FlashAttention takes head widths in multiples of 8: others are padded (ATen transformers/attention.cpp).

@@ -48,7 +48,8 @@ class LossRows(Operations):
             self.leave_forward()
         if self.casts and self.step.workload != "nanogpt":
             scores = self._upcast(scores)
-        return self._cross_entropy(self._capped(scores))
+        scores = self._capped(scores)
+        return self._cross_entropy(scores)
 
     def leave_forward(self) -> None:
         """The model's locals go, and the caller's name is bound to the new logits."""

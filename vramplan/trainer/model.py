@@ -95,12 +95,12 @@ class Attention(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of (B, heads, T, width); ``k`` and ``v`` may have fewer heads."""
     group = q.shape[1] // k.shape[1]
-    if group > 1 and not _kernel_groups(q):
+    if group > 1 and not kernel_groups(q):
         k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
 
 
-def _kernel_groups(q: Tensor) -> bool:
+def kernel_groups(q: Tensor) -> bool:
     """Whether the fused kernel takes fewer keys than queries: all but CUDA's for float32 do."""
     return q.dtype != torch.float32 or not q.is_cuda
 

@@ -21,13 +21,14 @@ def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
 
     CUDA has a fused kernel that keeps its input and the float32 reciprocal roots; elsewhere :class:`_RMSNorm` does.
     """
-    if _fused_norm(x) or torch.compiler.is_compiling():
+    if has_fused_norm(x) or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, EPSILON)
     out: Tensor = _RMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
 
 
-def _fused_norm(x: Tensor) -> bool:
+def has_fused_norm(x: Tensor) -> bool:
+    """Whether PyTorch runs the norm of ``x`` as one kernel."""
     return x.is_cuda
 
 
