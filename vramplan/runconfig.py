@@ -27,6 +27,7 @@ from .planner.step import (
     Optimizer,
     StepConfig,
     Workload,
+    check,
     check_step,
 )
 
@@ -159,7 +160,7 @@ class RunConfig(_Section):
         except ValidationError as error:
             problems = [_problem(cls, e) for e in error.errors()]
             raise ConfigError([*problems, *_section_problems(data)], source) from None
-        problems = [*check_shape(config.shape), *check_step(config.step_config), *_train_problems(config.train)]
+        problems = [*check(config.shape, config.step_config), *_train_problems(config.train)]
         if problems:
             raise ConfigError(problems, source)
         return config

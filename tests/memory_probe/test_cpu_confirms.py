@@ -37,6 +37,16 @@ SHAPES = {
     "half": Shape(n_layer=3, n_head=2, n_embd=32, vocab_size=256, block_size=64),  # slow: no units for it on a CPU
     "odd": Shape(n_layer=2, n_head=3, n_embd=60, vocab_size=501, block_size=47),
 }
+MODERN: dict[str, Any] = {
+    "norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "n_kv_head": 2, "qk_norm": True, "logit_softcap": 15.0,
+}  # fmt: skip
+SHAPES |= {
+    "modern": replace(SHAPES["wide vocabulary"], **MODERN),
+    "modern, deep": replace(SHAPES["deep"], **MODERN),
+    "modern, half": replace(SHAPES["half"], **MODERN | {"n_kv_head": 1}),
+    "squared ReLU": replace(SHAPES["all blocks"], mlp="relu2", qk_norm=True),
+    "one key": replace(SHAPES["deep"], n_kv_head=1),
+}
 STEP = StepConfig(batch_size=4, dtype="float32", loss="full", device="cpu")
 
 
@@ -123,6 +133,17 @@ CASES = [
     case("odd", 3, **chunked(47)),
     case("odd", 7, bias=True, tied=False, grad_accum=3, **FOREACH),
     case("odd", 9, **BLOCK),
+    case("modern", 8),
+    case("modern", 4, grad_accum=3, tied=False, **chunked(100)),
+    case("modern", 8, bias=True, **chunked(256), **BLOCK),
+    case("modern, deep", 8),
+    case("modern, deep", 16, grad_accum=3, bias=True, **BLOCK),
+    case("modern, half", 4, **BF16),
+    case("modern, half", 4, tied=False, grad_accum=3, **chunked(64), **BLOCK, **FP16),
+    case("squared ReLU", 4),
+    case("squared ReLU", 4, grad_accum=3, bias=True, **BLOCK),
+    case("one key", 8, bias=True),
+    case("one key", 8, tied=False, **chunked(64), **BLOCK),
 ]
 CONFIGS: list[tuple[Shape, StepConfig]] = [case.values[0] for case in CASES]
 

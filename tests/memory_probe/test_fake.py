@@ -31,6 +31,29 @@ SHAPES = {
     "355M": Shape(n_layer=24, n_head=16, n_embd=1024),
     "774M": Shape(n_layer=36, n_head=20, n_embd=1280, tied=False),
     "1.5B": Shape(n_layer=48, n_head=25, n_embd=1600),
+    "modern": replace(
+        GPT2,
+        norm="rmsnorm",
+        positions="rotary",
+        mlp="swiglu",
+        n_kv_head=4,
+        qk_norm=True,
+        logit_softcap=30.0,
+        tied=False,
+    ),
+    "squared ReLU": replace(GPT2, mlp="relu2", bias=True, positions="rotary"),
+    "modern, heads of 52": Shape(
+        n_layer=3,
+        n_head=6,
+        n_embd=312,
+        vocab_size=5003,
+        block_size=200,
+        norm="rmsnorm",
+        positions="rotary",
+        mlp="swiglu",
+        n_kv_head=3,
+        qk_norm=True,
+    ),
     "heads of 52": Shape(n_layer=3, n_head=5, n_embd=260, vocab_size=5003, block_size=200, bias=True),
 }
 STEP = StepConfig(batch_size=4, loss="full")
@@ -60,6 +83,14 @@ CASES = [
     case("heads of 52", dtype="float32", batch_size=7),
     case("heads of 52", dtype="bfloat16", batch_size=7, **CHUNKED),
     case("heads of 52", dtype="bfloat16", batch_size=7, **BLOCK),
+    case("modern", dtype="bfloat16", grad_accum=2, **CHUNKED),
+    case("modern", dtype="bfloat16", batch_size=16, **BLOCK),
+    case("modern", dtype="float32"),
+    case("modern", dtype="float32", device="cpu", **CHUNKED),
+    case("squared ReLU", dtype="bfloat16"),
+    case("squared ReLU", dtype="float32", **CHUNKED, **BLOCK),
+    case("modern, heads of 52", dtype="bfloat16", batch_size=7),
+    case("modern, heads of 52", dtype="float32", batch_size=7, **BLOCK),
 ]
 
 

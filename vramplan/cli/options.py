@@ -16,7 +16,7 @@ from ..errors import Collector, ConfigError, Problem
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
 from ..planner.risk import CERTAINTY, LARGEST_RISK
-from ..planner.shape import PADDED_GPT2_VOCAB
+from ..planner.shape import PADDED_GPT2_VOCAB, SHAPE_CHOICES
 from ..planner.step import DeviceKind, DType
 from ..units import gib, parse_bytes, parse_count
 
@@ -168,6 +168,14 @@ shape_options = options(
     click.option("--block-size", type=int, default=1024, show_default=True, help="Tokens per sequence."),
     click.option("--bias/--no-bias", default=False, show_default=True, help="Biases in linear layers and LayerNorms."),
     click.option("--tied/--untied", default=True, show_default=True, help="Share token embedding and output head."),
+    click.option("--norm", type=click.Choice(SHAPE_CHOICES["norm"]), default="layernorm", show_default=True),
+    click.option("--positions", type=click.Choice(SHAPE_CHOICES["positions"]), default="learned", show_default=True),
+    click.option("--mlp", type=click.Choice(SHAPE_CHOICES["mlp"]), default="gelu", show_default=True),
+    click.option("--n-kv-head", type=int, default=0, help="Heads of keys and values. [default: as many as --n-head]"),
+    click.option("--qk-norm/--no-qk-norm", default=False, show_default=True, help="Normalise queries and keys."),
+    click.option(
+        "--logit-softcap", type=float, default=0.0, help="Soft limit of the logits, such as 15. [default: off]"
+    ),
 )
 
 

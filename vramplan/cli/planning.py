@@ -19,7 +19,16 @@ from ..planner.plan import Plan, PlanSet, make_plan, price_illegal, price_plan, 
 from ..planner.repair import smallest_repair
 from ..planner.search import LOSS_CHUNKS, Grid, check_tokens_per_step
 from ..planner.shape import Shape, check_shape, settle_shapes
-from ..planner.step import CHOICES, DEFAULT_LOSS_CHUNK, Checkpointing, Optimizer, StepConfig, Workload, check_step
+from ..planner.step import (
+    CHOICES,
+    DEFAULT_LOSS_CHUNK,
+    Checkpointing,
+    Optimizer,
+    StepConfig,
+    Workload,
+    check,
+    check_step,
+)
 from .options import (
     Count,
     FilePath,
@@ -141,10 +150,8 @@ def search_plans(search: dict[str, Any], collect: Collector) -> tuple[Target, li
         collect.problems.append(Problem("--no-compile", "given", "contradicts --compile on", "leave one of them out"))
     if search["batch_size"] is not None and search["batch_size"] < 1:
         collect.problems.append(Problem("--batch-size", search["batch_size"], "must be at least 1"))
-    like = Shape(
-        n_layer=1, n_head=1, n_embd=64, vocab_size=search["vocab_size"], block_size=search["block_size"],
-        bias=search["bias"], tied=search["tied"],
-    )  # fmt: skip
+    rest = {n: search[n] for n in Shape.__dataclass_fields__ if n not in ("n_layer", "n_head", "n_embd")}
+    like = Shape(n_layer=1, n_head=max(1, search["n_kv_head"]), n_embd=64 * max(1, search["n_kv_head"]), **rest)
     outer = check_shape(like)
     collect.problems += outer
     if search["block_size"] > 0:
@@ -195,7 +202,7 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
         device=target.device,
         workload=search["workload"],
     )
-    problems = check_step(next(grid.modes()))
+    problems = check(shapes[0], next(grid.modes()))
     with (collect := Collector(problems)):
         _ = grid.batches
     problems = collect.problems
@@ -376,11 +383,8 @@ def _configuration(
     if step_values.get("batch_size") is None:
         missing.append("--batch-size")
     problems = [Problem(n, "missing", "is required", "or give a configuration file") for n in missing]
-    step = StepConfig(**step_values)
-    problems += check_step(step)
-    shape = Shape(**shape_values)
-    if not {"--n-layer", "--n-head", "--n-embd"} & set(missing):
-        problems += check_shape(shape)
+    step, shape = StepConfig(**step_values), Shape(**shape_values)
+    problems += check_step(step) if {"--n-layer", "--n-head", "--n-embd"} & set(missing) else check(shape, step)
     if problems:
         raise ConfigError(problems)
     return shape, step

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Problem
-from ..planner.shape import Shape, check_shape
-from ..planner.step import StepConfig, check_step
+from ..planner.shape import Shape
+from ..planner.step import StepConfig, check
 from ..runconfig import RunConfig
 from ..trainer.model import GPT
 from ..trainer.optimizer import build_optimizer
@@ -155,7 +155,7 @@ def probe_optimizer(model: nn.Module, step: StepConfig) -> torch.optim.Optimizer
 
 
 def _check(shape: Shape, step: StepConfig, steps: int) -> None:
-    problems = [*check_shape(shape), *check_step(step)]
+    problems = check(shape, step)
     if step.device != "cpu":
         problems.append(Problem("device", step.device, "is not measured here", "use device=cpu"))
     if step.compile:

@@ -156,10 +156,8 @@ class Operations(StateRows):
         """Where there is no fused kernel: ``trainer.pointwise``."""
         widened = self.new(f"{name} input, float32", "temporaries", wide) if self.e == 2 else ()
         squares = self.new(f"{name} squares", "temporaries", wide)
-        mean = self.new(f"{name} mean square", "temporaries", 4 * rows)
-        del squares
         scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
-        del mean
+        del squares
         out = self.new(f"{name} normalised" if weighted or self.e == 2 else f"{name} output", "activations", wide)
         if weighted:
             out, unweighted = self.new(f"{name} output", "activations", wide), out
@@ -249,10 +247,15 @@ class Operations(StateRows):
 
         return self.result(self.parted(f"{name}, turned", size), [x], backward)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether keys and values are repeated: CUDA's kernel for float32 takes no fewer than queries."""
+        return self.shape.grouped and self.cuda and not self.step.half
+
     def repeat_heads(self, name: str, x: Tensor) -> Tensor:
-        """Keys or values once for every query that shares them, where the kernel wants them so: CUDA's for float32."""
+        """Keys or values once for every query that shares them, where the kernel wants them so."""
         s = self.shape
-        if not (s.grouped and self.cuda and not self.step.half):
+        if not self.repeats:
             return x
 
         def backward(_: Memory) -> Sequence[Memory]:
@@ -264,7 +267,7 @@ class Operations(StateRows):
         """scaled_dot_product_attention through a fused kernel: keeps q, k, v, its output and the log-sum-exp."""
         s, e = self.shape, self.e
         k, v = self.repeat_heads("k", k), self.repeat_heads("v", v)
-        widths = [self.h, *([self.h if self.cuda and not self.step.half else s.kv_width] * 2)]
+        widths = [self.h, *([self.h if self.repeats else s.kv_width] * 2)]
         q, k, v = (self._pad(part, name, w) for part, name, w in zip((q, k, v), "qkv", widths, strict=True))
         out = self.new("attention output", "activations", self._unpadded(e * self.h * self.N))
         if self.pads:
@@ -350,14 +353,20 @@ class Operations(StateRows):
         )
 
     def _made_contiguous(self, x: Tensor, name: str) -> Tensor:
-        """The gradient of a padded part, once cut, is copied to be joined with the others."""
-        width = self.h if name == "q" else self.shape.kv_width
-        if not self.pads or (name != "v" and (self.shape.qk_norm or self.shape.positions == "rotary")):
+        """The gradient of a part that was padded, or repeated for every query, is copied to be joined with the others.
+
+        Norms and rotations of queries and keys leave gradients that need no copy.
+        """
+        changed = name != "v" and (self.shape.qk_norm or self.shape.positions == "rotary")
+        repeated = self.repeats and name != "q"
+        if changed or not (self.pads or repeated):
             return x
+        size = self.e * (self.h if name == "q" else self.shape.kv_width) * self.N
+        size = size if repeated else self._padded(size)
 
         def backward(grad: Memory) -> Sequence[Memory]:
-            size = self._padded(self.e * width * self.N)
-            return [grad[:1] + self.new(f"gradient of {name}, contiguous", "temporaries", size)]
+            copy = self.new(f"gradient of {name}, contiguous", "temporaries", size)
+            return [copy if repeated else grad[:1] + copy]
 
         return self.result(x.memory, [x], backward)
 

@@ -19,18 +19,20 @@ from .search import Grid, Ranking, confirm, quality_price, rank
 from .shape import (
     PADDED_GPT2_VOCAB,
     PUBLISHED,
+    SHAPE_CHOICES,
     Shape,
     awkward,
-    check_shape,
     conventional,
     legal_neighbours,
     published_name,
 )
 from .speed import flops_per_token, matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
-from .step import CHOICES, StepConfig, check_step, tokens_per_step
+from .step import CHOICES, StepConfig, check, tokens_per_step
 
 SCHEMA = 1
-SHAPE_FIELDS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias", "tied")
+SHAPE_FIELDS = tuple(Shape.__dataclass_fields__)
+LATER_FIELDS = frozenset({"norm", "positions", "mlp", "n_kv_head", "qk_norm", "logit_softcap"})
+"""Absent from plan files that were written before there was a choice."""
 STEP_FIELDS = (
     "batch_size", "grad_accum", "dtype", "compile", "loss", "loss_chunk_tokens", "checkpointing", "optimizer",
     "workload", "device",
@@ -303,7 +305,11 @@ _TOP: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "total_bytes": (int, lambda v: v > 0, "must be positive"),
     "target_parameters": ((int, type(None)), lambda v: v is None or v > 0, "must be positive"),
 }
-_FIELD_TYPES = {"bias": bool, "tied": bool, "compile": bool} | dict.fromkeys(CHOICES, str)
+_FIELD_TYPES = (
+    {"bias": bool, "tied": bool, "compile": bool, "qk_norm": bool, "logit_softcap": float}
+    | dict.fromkeys(CHOICES, str)
+    | dict.fromkeys(SHAPE_CHOICES, str)
+)
 
 
 def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig]]]:
@@ -345,6 +351,8 @@ def _entry_problems(entry: Any, where: str) -> list[Problem]:
         return [Problem(where, "missing", "config or estimate is missing")]
     problems = []
     for name in (*SHAPE_FIELDS, *STEP_FIELDS):
+        if name not in config and name in LATER_FIELDS:
+            continue
         value, kind = config.get(name), _FIELD_TYPES.get(name, int)
         if type(value) is not kind:
             problems.append(Problem(f"{where}.config.{name}", value, f"must be of type {kind.__name__}"))
@@ -357,14 +365,16 @@ def _entry_problems(entry: Any, where: str) -> list[Problem]:
             problems.append(Problem(f"{where}.{name}", entry.get(name, "missing"), "must be a number or null"))
     if not problems:
         shape, step = restore(entry)
-        problems = [replace(p, field=f"{where}.config.{p.field}") for p in (*check_shape(shape), *check_step(step))]
+        problems = [replace(p, field=f"{where}.config.{p.field}") for p in check(shape, step)]
     return problems
 
 
 def restore(entry: dict[str, Any]) -> tuple[Shape, StepConfig]:
     """Shape and step of one entry of ``plans``."""
     config = entry["config"]
-    return Shape(**{n: config[n] for n in SHAPE_FIELDS}), StepConfig(**{n: config[n] for n in STEP_FIELDS})
+    return Shape(**{n: config[n] for n in SHAPE_FIELDS if n in config}), StepConfig(
+        **{n: config[n] for n in STEP_FIELDS}
+    )
 
 
 def plan_gpu(name: str | None) -> Gpu | None:

@@ -142,6 +142,20 @@ class Shape:
         """``12L/12H/768E``."""
         return f"{self.n_layer}L/{self.n_head}H/{self.n_embd}E"
 
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Words for what differs from GPT-2's layout; empty where nothing does. (Biases and tying are both GPT's.)"""
+        words = [
+            ("RMSNorm", self.norm == "rmsnorm"),
+            ("rotary positions", self.positions == "rotary"),
+            ("SwiGLU", self.mlp == "swiglu"),
+            ("squared ReLU", self.mlp == "relu2"),
+            (f"{self.n_kv_head} key heads", self.grouped),
+            ("QK-norm", self.qk_norm),
+            (f"logits capped at {self.logit_softcap:g}", self.logit_softcap > 0),
+        ]
+        return tuple(word for word, present in words if present)
+
 
 @dataclass(frozen=True, slots=True)
 class PublishedShape:
@@ -181,7 +195,7 @@ TIE = 0.02
 
 def published_name(shape: Shape) -> str | None:
     """Name of the published model with these dimensions, if there is one."""
-    if (shape.norm, shape.positions, shape.mlp) != ("layernorm", "learned", "gelu") or shape.grouped:
+    if shape.variant:
         return None
     key = (shape.n_layer, shape.n_head, shape.n_embd)
     return next((p.name for p in PUBLISHED if (p.n_layer, p.n_head, p.n_embd) == key), None)

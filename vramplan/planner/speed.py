@@ -253,14 +253,30 @@ def _bytes_per_token(shape: Shape, step: StepConfig) -> Numbers:
     """Elementwise traffic of the blocks and of the loss, per token."""
     branch = 2 if step.half else 4
     residual = branch if step.workload in ("vramplan", "plain") else 4
-    per_width = BLOCK_TRAFFIC[step.compile].bytes(residual, branch)
+    per_width = BLOCK_TRAFFIC[step.compile].bytes(residual, branch) + branch * _variant_traffic(shape, step)
     if step.checkpointing == "block":
-        per_width += FORWARD_TRAFFIC[step.compile].bytes(residual, branch)
+        per_width = per_width + FORWARD_TRAFFIC[step.compile].bytes(residual, branch)
     loss = LOSS_TRAFFIC[_loss_kind(step)][0 if step.half else 1] * shape.vocab_size
     if step.loss == "chunked":
         # every slice adds its part to the head's float32 gradient: half-precision product out and in, sum in and out
         loss = loss + (12 if step.half else 8) * shape.vocab_size * shape.n_embd / step.loss_chunk_tokens
     return per_width * shape.n_embd * shape.n_layer + loss
+
+
+def _variant_traffic(shape: Shape, step: StepConfig) -> Numbers:
+    """Values per token and n_embd that the elementwise kernels of the options move beyond GPT-2's.
+
+    Counted from the kernels of ``trainer.pointwise`` (eager: each reads its inputs and writes its output; compiled: one
+    kernel each way); no run confirms it. GELU moves 8 forward and 12 back.
+    """
+    inner, qk = shape.mlp_width / shape.n_embd, 1 + shape.kv_width / shape.n_embd
+    values = {"gelu": 20.0, "relu2": 20.0 if step.compile else 44.0, "swiglu": (8 if step.compile else 16) * inner}
+    more = values[shape.mlp] - values["gelu"]
+    if shape.positions == "rotary":
+        more = more + (4 if step.compile else 10) * qk
+    if shape.qk_norm:
+        more = more + (5 if step.compile else 9) * qk
+    return more + 4 * (qk - 2)  # fewer keys and values are joined, and so are their gradients
 
 
 def _loss_kind(step: StepConfig) -> str:

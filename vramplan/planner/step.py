@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import Problem, did_you_mean
-from .shape import Ints, Shape
+from .shape import Ints, Shape, check_shape
 
 DType = Literal["float32", "bfloat16", "float16"]
 Loss = Literal["full", "chunked"]
@@ -51,6 +51,11 @@ class StepConfig:
         return self.dtype != "float32"
 
 
+SCRIPTS = {
+    "nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop", "plain": "the plain loop",
+}  # fmt: skip
+"""Workloads that are other people's scripts: GPT-2's layout, and none of our savers."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": get_args(DType),
     "loss": get_args(Loss),
@@ -83,9 +88,7 @@ def check_step(step: StepConfig) -> list[Problem]:
         problems.append(Problem("dropout", step.dropout, rule, "use 0, or device=cuda"))
     if step.workload == "plain" and step.dtype == "float16":
         problems.append(Problem("dtype", "float16", "as the weights' own dtype does not train", "use bfloat16"))
-    script = {
-        "nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop", "plain": "the plain loop",
-    }.get(step.workload)  # fmt: skip
+    script = SCRIPTS.get(step.workload)
     if script is not None:
         if step.loss == "chunked":
             problems.append(Problem("loss", "chunked", f"does not exist in {script}", "use loss=full"))
@@ -93,6 +96,15 @@ def check_step(step: StepConfig) -> list[Problem]:
             problems.append(Problem("checkpointing", step.checkpointing, f"does not exist in {script}", "use none"))
         if step.optimizer == "adamw8bit":
             problems.append(Problem("optimizer", step.optimizer, f"does not exist in {script}", "use adamw-fused"))
+    return problems
+
+
+def check(shape: Shape, step: StepConfig) -> list[Problem]:
+    """List everything that is wrong with a shape, with a step, and with both together. Empty when legal."""
+    problems = [*check_shape(shape), *check_step(step)]
+    if step.workload in SCRIPTS and shape.variant:
+        rule = f"does not exist in {SCRIPTS[step.workload]}"
+        problems += [Problem("model", word, rule, "use GPT-2's layout, or workload=vramplan") for word in shape.variant]
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import __version__
+from ..errors import ConfigError, Problem
 from ..planner.plan import PlanSet, nanogpt_plan, restore
 from ..planner.shape import PADDED_GPT2_VOCAB, Shape
 from ..planner.step import StepConfig, tokens_per_step
@@ -56,6 +57,9 @@ def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig, max_ste
 
     nanoGPT takes the vocabulary from the data set's meta.pkl, else 50304; another one is said in a comment.
     """
+    if shape.variant:
+        rule = f"has no {', no '.join(shape.variant)}"
+        raise ConfigError(Problem("--format", "nanogpt", rule, "plan GPT-2's layout, or use --format toml"))
     plan = nanogpt_plan(data, shape, step)
     tokens = int(tokens_per_step(shape, step))
     training = TrainSection(**suggested_training(int(shape.parameters), tokens, data["token_budget"], max_steps))

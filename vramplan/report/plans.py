@@ -54,8 +54,9 @@ def sentence(plan: Plan) -> str:
         ]
     )
     whose = "" if step.workload == "vramplan" else f", memory of the {step.workload} workload"
+    variant = "".join(f", {word}" for word in shape.variant)
     return (
-        f"{shape.label}{f' ({name})' if name else ''}, {count(shape.parameters)} parameters, head_dim "
+        f"{shape.label}{f' ({name})' if name else ''}{variant}, {count(shape.parameters)} parameters, head_dim "
         f"{shape.head_dim}: batch_size {step.batch_size} x grad_accum {step.grad_accum} x block_size "
         f"{shape.block_size} = {total:,} tokens per step; {how}{whose}."
     )

@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPSILON)
+        scale = (wide * wide).mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         normed = wide * scale
         return (normed if weight is None else normed * weight).to(x.dtype)
