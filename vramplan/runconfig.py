@@ -160,7 +160,7 @@ class RunConfig(_Section):
         except ValidationError as error:
             problems = [_problem(cls, e) for e in error.errors()]
             raise ConfigError([*problems, *_section_problems(data)], source) from None
-        problems = [*check(config.shape, config.step_config), *_train_problems(config.train)]
+        problems = [*check(config.shape, config.step_config), *_train_problems(config.train, config.step)]
         if problems:
             raise ConfigError(problems, source)
         return config
@@ -213,7 +213,7 @@ def _section_problems(data: dict[str, Any]) -> list[Problem]:
     if (step := _known_part(StepSection, data.get("step"))) is not None:
         problems += check_step(StepConfig(**step.model_dump()))
     if (train := _known_part(TrainSection, data.get("train", {}))) is not None:
-        problems += _train_problems(train)
+        problems += _train_problems(train, None)
     return problems
 
 
@@ -227,7 +227,10 @@ def _known_part(section: type[S], data: Any) -> S | None:
         return None
 
 
-def _train_problems(t: TrainSection) -> list[Problem]:
+def _train_problems(t: TrainSection, step: StepSection | None) -> list[Problem]:
+    if step is not None and step.optimizer == "adamw-in-backward" and t.grad_clip > 0:
+        rule = "needs every gradient at once, and adamw-in-backward uses each up as it comes"
+        return [Problem("train.grad_clip", t.grad_clip, rule, "use 0, or another optimizer")]
     if t.min_learning_rate > t.learning_rate:
         remedy = f"use at most {t.learning_rate:g}"
         return [Problem("train.min_learning_rate", t.min_learning_rate, "is above learning_rate", remedy)]

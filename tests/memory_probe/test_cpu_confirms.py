@@ -64,6 +64,7 @@ def chunked(tokens: int) -> dict[str, Any]:
 
 
 BLOCK: dict[str, Any] = {"checkpointing": "block"}
+SELECTIVE: dict[str, Any] = {"checkpointing": "selective"}
 FOREACH: dict[str, Any] = {"optimizer": "adamw-foreach"}
 EIGHT_BIT: dict[str, Any] = {"optimizer": "adamw8bit"}
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
@@ -144,6 +145,12 @@ CASES = [
     case("squared ReLU", 4, grad_accum=3, bias=True, **BLOCK),
     case("one key", 8, bias=True),
     case("one key", 8, tied=False, **chunked(64), **BLOCK),
+    case("deep", 16, **SELECTIVE),
+    case("deep", 8, bias=True, grad_accum=3, **chunked(256), **SELECTIVE),
+    case("all blocks", 8, tied=False, **SELECTIVE, **FOREACH),
+    case("half", 4, bias=True, **BF16, **SELECTIVE),
+    case("modern, half", 4, grad_accum=3, **FP16, **SELECTIVE),
+    case("modern, deep", 8, **chunked(100), **SELECTIVE, **EIGHT_BIT),
 ]
 CONFIGS: list[tuple[Shape, StepConfig]] = [case.values[0] for case in CASES]
 
@@ -197,7 +204,7 @@ def test_the_cases_cover_every_setting() -> None:
     for field, values in {
         "dtype": {"float32", "bfloat16", "float16"},
         "loss": {"full", "chunked"},
-        "checkpointing": {"none", "block"},
+        "checkpointing": {"none", "selective", "block"},
         "grad_accum": {1, 3},
         "optimizer": {"adamw-fused", "adamw-foreach", "adamw8bit"},
     }.items():

@@ -59,6 +59,7 @@ SHAPES = {
 STEP = StepConfig(batch_size=4, loss="full")
 CHUNKED: dict[str, Any] = {"loss": "chunked", "loss_chunk_tokens": 1024}
 BLOCK: dict[str, Any] = {"checkpointing": "block"}
+SELECTIVE: dict[str, Any] = {"checkpointing": "selective"}
 
 
 def case(shape: str, **step: Any) -> Any:
@@ -88,6 +89,9 @@ CASES = [
     case("modern", dtype="float32"),
     case("modern", dtype="float32", device="cpu", **CHUNKED),
     case("squared ReLU", dtype="bfloat16"),
+    case("124M", batch_size=16, dtype="bfloat16", **SELECTIVE),
+    case("355M", dtype="float32", grad_accum=2, **CHUNKED, **SELECTIVE),
+    case("modern", dtype="bfloat16", **CHUNKED, **SELECTIVE),
     case("squared ReLU", dtype="float32", **CHUNKED, **BLOCK),
     case("modern, heads of 52", dtype="bfloat16", batch_size=7),
     case("modern, heads of 52", dtype="float32", batch_size=7, **BLOCK),

@@ -133,7 +133,11 @@ def test_every_variant_learns_and_looks_only_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("saver", [{"loss": "chunked", "loss_chunk_tokens": 10}, {"checkpointing": "block"}], ids=str)
+@pytest.mark.parametrize(
+    "saver",
+    [{"loss": "chunked", "loss_chunk_tokens": 10}, {"checkpointing": "block"}, {"checkpointing": "selective"}],
+    ids=str,
+)
 def test_savers_leave_loss_and_gradients_as_they_are(name: str, saver: dict[str, Any]) -> None:
     shape = replace(SMALL, **VARIANTS[name])
     torch.manual_seed(0)

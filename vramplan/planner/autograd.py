@@ -37,13 +37,15 @@ Memory = tuple[Storage, ...]
 class Node:
     """One operation's backward: from the gradients of its outputs to those of its inputs.
 
-    ``saved`` is what it keeps until it has run.
+    ``saved`` is what it keeps until it has run. ``consumes``: the rule gets the gradients as a list that it empties, so
+    that they can go before it returns.
     """
 
     inputs: Sequence[Tensor]
     rule: Callable[..., Sequence[Memory]]
     saved: list[Memory]
     grads: list[Memory]
+    consumes: bool = False
 
     def receive(self, output: int, grad: Memory) -> None:
         """A further gradient is added in place to the one that is there: nothing else refers to that."""
@@ -149,7 +151,7 @@ class Graph:
         while nodes:
             node = nodes.pop()
             given, node.grads = node.grads, []
-            grads = node.rule(*given)
+            grads = node.rule(given) if node.consumes else node.rule(*given)
             del given
             node.saved.clear()
             node.rule = _has_run

@@ -163,7 +163,7 @@ class CompiledStep(EagerStep):
         if self.step.loss == "chunked":
             super().evaluation_loss(hidden)
             return
-        copy = self.new("head.weight copy", "weights", 2 * self.V * self.h) if self.e == 2 else ()
+        copy = self.head_copy()
         logits = self.logits_rows("evaluation logits", self.e, self.N)
         lse = self.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2)
         del copy, logits, lse

@@ -7,11 +7,14 @@ outlives a micro-step in :mod:`state_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .autograd import Memory, Node, Tensor
 from .loss_rows import LossRows
+from .shape import Ints
 from .tape import Tape
+
+Operation = Callable[[Tensor], Tensor]
 
 
 class EagerStep(LossRows):
@@ -96,10 +99,12 @@ class EagerStep(LossRows):
         """Token embeddings, with learned positions, in the residual stream's dtype."""
         if self.script:
             return self._script_embedding()
-        x = self._looked_up("block input" if self.shape.positions == "rotary" and self.r == 4 else "token embeddings")
+        x = self._looked_up(
+            "block input" if self.shape.positions == "rotary" and self.r == self.w else "token embeddings"
+        )
         if self.shape.positions == "learned":
-            x = self._with_positions(x, "block input" if self.r == 4 else "embeddings with positions")
-        return self._narrowed(x) if self.r == 2 else x
+            x = self._with_positions(x, "block input" if self.r == self.w else "embeddings with positions")
+        return x if self.r == self.w else self._narrowed(x)
 
     def _script_embedding(self) -> Tensor:
         """nanoGPT's names tok_emb and pos_emb live until its forward returns."""
@@ -141,16 +146,22 @@ class EagerStep(LossRows):
     def block(self, x: Tensor) -> Tensor:
         """Pre-norm transformer block."""
         (row,) = (storage.row for storage in x.memory)
-        mid = self.residual(x, self.drop("attention branch", self.attend(self.norm("ln_1", x)), self.e))
+        mid = self.residual(x, self.drop("attention branch", self.attend(self._qkv(x)), self.e))
         del x
-        return self.residual(mid, self.drop("mlp branch", self.mlp(self.norm("ln_2", mid)), self.e), row)
+        return self.residual(mid, self.drop("mlp branch", self.mlp(mid), self.e), row)
 
-    def attend(self, x: Tensor) -> Tensor:
+    def _qkv(self, x: Tensor) -> Tensor:
+        s = self.shape
+        return self._project(
+            lambda x: self.norm("ln_1", x), "attn.qkv", lambda y: self.half("ln_1", y), x, s.qkv_width, self.h
+        )
+
+    def attend(self, qkv: Tensor) -> Tensor:
         """Causal self-attention."""
         s = self.shape
-        q, k, v = self.split(self.linear("attn.qkv", self.half("ln_1", x), s.qkv_width, self.h))
-        if self.early or self.script:
-            del x
+        q, k, v = self.split(qkv)
+        if self.early:
+            del qkv
         if s.qk_norm:
             q = self._rms_norm("q", q, self.h, weighted=False, rows=self.N * s.n_head)
             k = self._rms_norm("k", k, s.kv_width, weighted=False, rows=self.N * (s.kv_width // s.head_dim))
@@ -164,35 +175,52 @@ class EagerStep(LossRows):
     def mlp(self, x: Tensor) -> Tensor:
         """Two matrices and an activation function between them."""
         s = self.shape
-        wide = self.linear("mlp.fc", self.half("ln_2", x), s.fc_width, self.h)
-        if self.early or self.script:
+        return self._project(
+            self.activation, "mlp.proj", lambda y: y,
+            self._project(
+                lambda x: self.norm("ln_2", x), "mlp.fc", lambda y: self.half("ln_2", y), x, s.fc_width, self.h
+            ),
+            self.h, s.mlp_width,
+        )  # fmt: skip
+
+    def _project(self, before: Operation, name: str, cast: Operation, x: Tensor, n_out: Ints, n_in: Ints) -> Tensor:
+        """A linear layer of ``before(x)``. Selective checkpointing keeps ``x`` only; the product is not repeated."""
+        if self.step.checkpointing == "selective" and self.recording and not self.stop_at:
+            return self.recomputed(lambda x: self.linear(name, before(x), n_out, n_in), x, name)
+        y = before(x)
+        if self.early:
             del x
-        active = self.activation(wide)
-        del wide
-        return self.linear("mlp.proj", active, self.h, s.mlp_width)
+        return self.linear(name, cast(y), n_out, n_in)
 
     def _checkpointed(self, x: Tensor) -> Tensor:
-        """Keeps the block's input only; the backward runs its forward again, up to the last product."""
+        """Keeps the block's input only."""
+        return self.recomputed(self.block, x, "mlp.proj", "block recompute")
+
+    def recomputed(self, function: Operation, x: Tensor, last: str, phase: str = "") -> Tensor:
+        """``function(x)`` of which only ``x`` is kept; the backward runs it again, up to the product ``last``."""
         with self.unrecorded():
-            y = self.block(x)
+            y = function(x)
         again = [x.memory]
 
-        def backward(grad: Memory) -> Sequence[Memory]:
-            before = self.taken()
-            self.tape.phase = "block recompute"
-            self.stopping = True
+        def backward(grads: list[Memory]) -> Sequence[Memory]:
+            before, backward_phase = self.taken(), self.tape.phase
+            self.tape.phase = phase or backward_phase
+            self.stop_at = last
             given = Node([], self._nothing, [], [()])
-            y = self.block(Tensor(again.pop(), given, 0))
-            self.stopping = False
+            y = function(Tensor(again.pop(), given, 0))
+            self.stop_at = ""
             nodes, self.nodes = self.nodes, before
-            self.tape.phase = "block backward"
+            self.tape.phase = backward_phase
             assert isinstance(y.source, Node)
-            y.source.receive(0, grad)
+            y.source.receive(0, grads.pop())
             del y
             self.run(nodes)
             return given.grads
 
-        return self.result(y.memory, [x], backward)
+        out = self.result(y.memory, [x], backward)
+        if isinstance(out.source, Node):
+            out.source.consumes = True
+        return out
 
     @staticmethod
     def _nothing(*_: Memory) -> Sequence[Memory]:

@@ -11,7 +11,7 @@ from .memory import estimate
 from .risk import needed_for
 from .shape import Shape, divisors
 from .speed import tokens_per_second
-from .step import DType, StepConfig, check_step
+from .step import CHECKPOINTING_WORDS, DType, StepConfig, check_step
 
 LEVER_CHUNK = 4096
 """Tokens per slice when the chunked loss is offered as a lever: the fastest that the search tries."""
@@ -78,7 +78,9 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
     elif (half := int(min(step.loss_chunk_tokens, step.batch_size * shape.block_size)) // 2) >= LEAST_CHUNK:
         yield f"loss in slices of {half} tokens", shape, replace(step, loss_chunk_tokens=half), False
     if step.checkpointing == "none":
-        yield "activation checkpointing", shape, replace(step, checkpointing="block"), False
+        yield CHECKPOINTING_WORDS["selective"], shape, replace(step, checkpointing="selective"), False
+    if step.checkpointing != "block":
+        yield CHECKPOINTING_WORDS["block"], shape, replace(step, checkpointing="block"), False
     if step.dtype == "float32":
         half_dtype: DType = "bfloat16" if gpu is None or gpu.supports_bf16 else "float16"
         yield half_dtype, shape, replace(step, dtype=half_dtype), True

@@ -46,7 +46,7 @@ class LossRows(Operations):
             self.model_logits = scores.memory
         if self.loss_outside:
             self.leave_forward()
-        if self.casts and self.step.workload != "nanogpt":
+        if self.upcasts:
             scores = self._upcast(scores)
         scores = self._capped(scores)
         return self._cross_entropy(scores)
@@ -54,6 +54,11 @@ class LossRows(Operations):
     def leave_forward(self) -> None:
         """The model's locals go, and the caller's name is bound to the new logits."""
         self.locals, self.caller_logits, self.model_logits = (), self.model_logits, ()
+
+    @property
+    def upcasts(self) -> bool:
+        """Whether a float32 copy of half-precision logits goes into the loss."""
+        return self.e == 2 and self.step.workload in ("vramplan", "autocast")
 
     def _upcast(self, logits: Tensor) -> Tensor:
         def backward(_: Memory) -> Sequence[Memory]:
@@ -77,7 +82,7 @@ class LossRows(Operations):
 
         Under CUDA autocast log_softmax runs in half precision, and nll_loss on a float32 copy (nanoGPT).
         """
-        width = self.e if self.e == self.w or self.step.workload == "nanogpt" else 4
+        width = 4 if self.upcasts else self.e
         logp = self.logits_rows("log-probabilities", width, self.N)
 
         def through_softmax(_: Memory) -> Sequence[Memory]:
@@ -113,11 +118,13 @@ class LossRows(Operations):
         with self.tape.repeat(-(-self.N // c)):
             self._slice(c)
         del copy
+        if self.w == 2:
+            grads = (grads[0], self.new("gradient of the head, half", "gradients", 2 * V * h))
         return self.result(scalars, [hidden, self.head], lambda _: grads, [scalars])
 
     def head_copy(self) -> Memory:
         """The head's weight in half precision, made without a gradient."""
-        return self.new("head.weight copy", "weights", 2 * self.V * self.h) if self.e == 2 else ()
+        return self.new("head.weight copy", "weights", 2 * self.V * self.h) if self.casts else ()
 
     def _slice(self, c: Ints) -> None:
         """Logits of ``c`` tokens, their gradient, and its products with the weight and the hidden state."""

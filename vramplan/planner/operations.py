@@ -20,8 +20,8 @@ class Operations(StateRows):
     """Each method is one operation: its arguments are tensors, its result is a new one (or a view)."""
 
     kept_gradients: list[Memory]
-    stopping = False
-    """While a block is recomputed: its last product is not repeated."""
+    stop_at = ""
+    """While something is recomputed: its last product, which is not repeated."""
 
     # ---------------------------------------------------------------- parameters
 
@@ -33,7 +33,7 @@ class Operations(StateRows):
         """A complete gradient becomes ``.grad``, or is added to it in place and goes."""
         for storage in grad:
             storage.joins = self.accumulates
-        if not self.accumulates:
+        if not self.accumulates and self.step.optimizer != "adamw-in-backward":  # which has used it up
             self.kept_gradients.append(grad)
 
     def cast(self, name: str, elements: Ints, parameter: Tensor | None = None) -> Tensor:
@@ -55,10 +55,9 @@ class Operations(StateRows):
         b = self.cast(f"{name}.bias", n_out) if self.shape.bias else None
         w = self.cast(f"{name}.weight", n_out * n_in)
         out: Memory = ()
-        if name == "attn.qkv":
-            out = self.parted(f"{name} output", size)
-        elif not (self.stopping and name == "mlp.proj"):
-            out = self.new(f"{name} output", "activations", size)
+        if name != self.stop_at:
+            write = self.parted if name == "attn.qkv" else self.plain_output
+            out = write(f"{name} output", size)
 
         def backward(_: Memory) -> Sequence[Memory]:
             def weight() -> Memory:
@@ -74,6 +73,10 @@ class Operations(StateRows):
             return [dx, dw, self.new(f"{name}.bias gradient", "gradients", self.e * n_out)]
 
         return self.result(out, [x, w, *([b] if b else [])], backward, [x.memory, w.memory])
+
+    def plain_output(self, name: str, n_bytes: Ints) -> Memory:
+        """An activation."""
+        return self.new(name, "activations", n_bytes)
 
     # ---------------------------------------------------------------- normalisation
 
@@ -186,7 +189,7 @@ class Operations(StateRows):
         out: Memory = ()
         if row is None:
             out = self.new("residual after attention", "activations", self.r * self.h * self.N)
-        elif not self.stopping:
+        elif branch.memory:  # a recomputed block stops before its last product
             out = self.again(row)
 
         def backward(grad: Memory) -> Sequence[Memory]:

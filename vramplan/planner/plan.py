@@ -27,7 +27,7 @@ from .shape import (
     published_name,
 )
 from .speed import flops_per_token, matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
-from .step import CHOICES, StepConfig, check, tokens_per_step
+from .step import CHECKPOINTING_WORDS, CHOICES, StepConfig, check, tokens_per_step
 
 SCHEMA = 1
 SHAPE_FIELDS = tuple(Shape.__dataclass_fields__)
@@ -227,7 +227,7 @@ def differences(step: StepConfig, other: StepConfig) -> list[str]:
     elif step.loss == "chunked" and step.loss_chunk_tokens != other.loss_chunk_tokens:
         words.append(f"slices of {step.loss_chunk_tokens} tokens")
     if step.checkpointing != other.checkpointing:
-        words.append("activation checkpointing" if step.checkpointing == "block" else "no activation checkpointing")
+        words.append(CHECKPOINTING_WORDS[step.checkpointing])
     if step.optimizer != other.optimizer:
         words.append({"adamw8bit": "8-bit AdamW states"}.get(step.optimizer, step.optimizer))
     if step.dtype != other.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from typing import get_args
 
 from ..units import gib
 from .allocator_settings import AllocatorSettings
@@ -14,7 +15,7 @@ from .risk import needed_for
 from .search import LOSS_CHUNKS, Candidate, Grid, rank
 from .shape import Shape
 from .speed import tokens_per_second
-from .step import Optimizer, StepConfig, tokens_per_step
+from .step import Checkpointing, Optimizer, StepConfig, tokens_per_step
 
 MOST_REPLAYS = 48
 """Candidates of one number of changes that are looked at in full, the fastest first; the closed form has sorted out the
@@ -72,7 +73,8 @@ def _search(
     grid = Grid(
         shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
         compiles=(step.compile, not step.compile) if step.device == "cuda" else (step.compile,),
-        losses=("full", "chunked") if ours else ("full",), checkpointings=("none", "block") if ours else ("none",),
+        losses=("full", "chunked") if ours else ("full",),
+        checkpointings=get_args(Checkpointing) if ours else ("none",),
         optimizers=optimizers, device=step.device, workload=step.workload, dropout=step.dropout,
         loss_chunks=tuple(sorted({*LOSS_CHUNKS, int(step.loss_chunk_tokens)})),
     )  # fmt: skip

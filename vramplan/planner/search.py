@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Grid:
     compiles: tuple[bool, ...]
     losses: tuple[Loss, ...] = ("full", "chunked")
     loss_chunks: tuple[int, ...] = LOSS_CHUNKS
-    checkpointings: tuple[Checkpointing, ...] = ("none", "block")
+    checkpointings: tuple[Checkpointing, ...] = get_args(Checkpointing)
     optimizers: tuple[Optimizer, ...] = ("adamw-fused", "adamw8bit")
     batch_sizes: tuple[int, ...] | None = None
     device: DeviceKind = "cuda"

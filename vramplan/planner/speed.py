@@ -119,6 +119,9 @@ class Traffic:
 BLOCK_TRAFFIC = {False: Traffic(residual=24, branch=28, casts=6), True: Traffic(residual=12, branch=34, casts=2)}
 FORWARD_TRAFFIC = {False: Traffic(residual=8, branch=10, casts=2), True: Traffic(residual=4, branch=12, casts=0)}
 
+SELECTIVE_TRAFFIC = Traffic(residual=4, branch=8, casts=0)
+"""What selective checkpointing repeats: two norms and the activation function."""
+
 LOSS_TRAFFIC = {
     # Bytes per token and vocabulary entry as (half precision, float32), beside the head's own products.
     # log_softmax 2+2, float32 copy 2+4; gradient of the pick 4, copy back 4+2, log_softmax backward 2+2+2
@@ -147,7 +150,15 @@ OPTIMIZER_BYTES = {
     "adamw-fused": 28,  # read p, g, m, v; write p, m, v
     "adamw-foreach": 80,  # decay 8, lerp 12, mul 8, addcmul 12, sqrt 8, divide 8, add 8, addcdiv 16
     "adamw8bit": 16,  # as fused with one-byte moments
+    "adamw-in-backward": 28,
+    "adamw-stochastic": 150,  # as foreach, each value widened before and rounded with noise after
+    "muon": 90,  # as foreach for the momentum; its products are counted apart
+    "adamw-offload": 28,  # on the host; the way there is counted apart
 }
+
+HOST_LINK_BYTES_PER_SECOND = 20e9
+HOST_MEMORY_BYTES_PER_SECOND = 25e9
+"""PCIe 4.0 x16 with pinned memory, and a desktop's two channels: usual figures, measured by no run we have."""
 
 LAUNCHES_PER_BLOCK = {False: 46, True: 40}
 LAUNCHES_OUTSIDE = 30
@@ -186,7 +197,7 @@ def efficiency(gpu: Gpu) -> Efficiency:
 def matmul_dtype(step: StepConfig, gpu: Gpu) -> str:
     """What the products run in: the step's dtype, but nanoGPT allows TF32 for its float32 (train.py, allow_tf32)."""
     tf32 = step.workload == "nanogpt" and step.dtype == "float32" and gpu.supports_bf16
-    return "tf32" if tf32 else step.dtype
+    return "tf32" if tf32 else "bfloat16" if step.dtype == "pure-bfloat16" else step.dtype
 
 
 def step_time(shape: Shape, step: StepConfig, gpu: Gpu) -> StepTime:
@@ -205,6 +216,11 @@ def step_time(shape: Shape, step: StepConfig, gpu: Gpu) -> StepTime:
     attention = tokens * _attention_seconds_per_token(shape, step, gpu, peak) / reached.attention
     memory = (tokens * _bytes_per_token(shape, step) + _weight_bytes(shape, step)) / bandwidth
     optimizer = shape.parameters * (OPTIMIZER_BYTES[step.optimizer] + CLIP_BYTES) / bandwidth
+    if step.optimizer == "muon":
+        optimizer = optimizer + _newton_schulz_flops(shape) / products
+    if step.optimizer == "adamw-offload":
+        optimizer = optimizer + 8 * shape.parameters / HOST_LINK_BYTES_PER_SECOND
+        optimizer = optimizer + OPTIMIZER_BYTES["adamw-fused"] * shape.parameters / HOST_MEMORY_BYTES_PER_SECOND
     launches = shape.n_layer * LAUNCHES_PER_BLOCK[step.compile] + LAUNCHES_OUTSIDE
     host = step.grad_accum * (launches * LAUNCH_SECONDS[step.compile] + MICRO_STEP_HOST_SECONDS)
     waiting = np.maximum(host - (matmul + attention + memory), 0.0)
@@ -254,13 +270,22 @@ def _bytes_per_token(shape: Shape, step: StepConfig) -> Numbers:
     branch = 2 if step.half else 4
     residual = branch if step.workload in ("vramplan", "plain") else 4
     per_width = BLOCK_TRAFFIC[step.compile].bytes(residual, branch) + branch * _variant_traffic(shape, step)
-    if step.checkpointing == "block":
-        per_width = per_width + FORWARD_TRAFFIC[step.compile].bytes(residual, branch)
+    if step.checkpointing != "none":
+        again = FORWARD_TRAFFIC[step.compile] if step.checkpointing == "block" else SELECTIVE_TRAFFIC
+        per_width = per_width + again.bytes(residual, branch)
     loss = LOSS_TRAFFIC[_loss_kind(step)][0 if step.half else 1] * shape.vocab_size
     if step.loss == "chunked":
         # every slice adds its part to the head's float32 gradient: half-precision product out and in, sum in and out
         loss = loss + (12 if step.half else 8) * shape.vocab_size * shape.n_embd / step.loss_chunk_tokens
     return per_width * shape.n_embd * shape.n_layer + loss
+
+
+def _newton_schulz_flops(shape: Shape) -> Numbers:
+    """Five iterations, each of two products with the long side and one of the short side, for every block matrix."""
+    h = shape.n_embd
+    sides = ((shape.qkv_width, h), (h, h), (shape.fc_width, h), (h, shape.mlp_width))
+    one = sum(4 * np.minimum(a, b) ** 2 * np.maximum(a, b) + 2 * np.minimum(a, b) ** 3 for a, b in sides)
+    return 5 * shape.n_layer * one
 
 
 def _variant_traffic(shape: Shape, step: StepConfig) -> Numbers:
@@ -287,7 +312,7 @@ def _loss_kind(step: StepConfig) -> str:
 
 def _weight_bytes(shape: Shape, step: StepConfig) -> Numbers:
     """Traffic over the weights and their gradients in one step, without the optimizer's."""
-    casts = WEIGHT_CAST_BYTES * shape.matmul_parameters if step.half and step.workload != "plain" else 0
+    casts = WEIGHT_CAST_BYTES * shape.matmul_parameters if step.half and not step.pure else 0
     per_micro_step = casts + EMBEDDING_BYTES * shape.vocab_size * shape.n_embd
     return per_micro_step * step.grad_accum + ACCUMULATE_BYTES * shape.matmul_parameters * (step.grad_accum - 1)
 

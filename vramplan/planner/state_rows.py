@@ -16,6 +16,9 @@ from .shape import Ints, Shape
 from .step import StepConfig
 from .tape import Tape
 
+STOCHASTIC_SLICE = 2**22
+"""Elements that the stochastically rounding optimizer works on at once: its float32 temporaries stay small."""
+
 
 class StateRows(Graph):
     """Knows the configuration's widths and writes its persistent rows and the optimizer's."""
@@ -31,7 +34,7 @@ class StateRows(Graph):
         self.V: Ints = shape.vocab_size
         self.N: Ints = step.batch_size * shape.block_size
         self.e = 2 if step.half else 4
-        self.w = self.e if step.workload == "plain" else 4
+        self.w = self.e if step.pure else 4
         self.casts = self.e != self.w  # every product takes half-precision copies of its weights
         self.r = 4 if self.autocast else self.e
         self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
@@ -95,8 +98,13 @@ class StateRows(Graph):
 
     def _optimizer_state(self, name: str, elements: Ints) -> None:
         """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32
-        (bitsandbytes optim/optimizer.py, Optimizer2State.init_state)."""
+        (bitsandbytes optim/optimizer.py, Optimizer2State.init_state). Muon: one momentum for matrices of the blocks."""
         t = self.tape
+        if self.step.optimizer == "adamw-offload":
+            return
+        if self.step.optimizer == "muon" and _muon(name):
+            t.new(f"{name} momentum", "optimizer", self.w * elements)
+            return
         if self.step.optimizer == "adamw8bit":
             small = np.asarray(elements) < 4096
             state = np.where(small, 4 * elements, elements)
@@ -107,8 +115,8 @@ class StateRows(Graph):
             return
         t.new(f"{name} exp_avg", "optimizer", self.w * elements)
         t.new(f"{name} exp_avg_sq", "optimizer", self.w * elements)
-        if not (self.cuda and self.step.optimizer == "adamw-foreach"):
-            t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU
+        if self.step.optimizer != "adamw-stochastic" and not (self.cuda and self.step.optimizer == "adamw-foreach"):
+            t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU, ours is no tensor
 
     def _optimizer(self) -> None:
         if self.step.optimizer == "adamw-foreach":
@@ -119,6 +127,31 @@ class StateRows(Graph):
             for name, elements, copies in group:
                 with t.repeat(copies):
                     t.new(f"{name} denominator", "temporaries", self.w * elements)
+        elif self.step.optimizer == "muon":
+            self._newton_schulz()
+        elif self.step.optimizer == "adamw-stochastic":
+            largest = max((elements for _, elements, _ in self._parameters()), key=lambda n: int(np.max(n)))
+            piece = 4 * np.minimum(largest, STOCHASTIC_SLICE)
+            names = ("gradient", "first moment", "second moment", "rounding")
+            taken = [self.new(f"a slice's {name}, float32", "temporaries", plain(piece)) for name in names[:3]]
+            del taken[0]
+            taken += [self.new(f"a slice's {name}", "temporaries", plain(piece)) for name in ("weight", names[3])]
+            del taken
+
+    def _newton_schulz(self) -> None:
+        """Muon's update of the largest matrix: bfloat16 iterates and Gram matrices (torch/optim/_muon.py)."""
+        h, widest = self.h, self.shape.fc_width
+        update = self.new("momentum of a matrix", "temporaries", 4 * widest * h)
+        iterate = self.new("Newton-Schulz iterate", "temporaries", 2 * widest * h)
+        narrow = plain(np.minimum(widest, h))
+        gram = [self.new("Gram matrix", "temporaries", 2 * narrow * narrow) for _ in range(2)]
+        following = self.new("Newton-Schulz iterate", "temporaries", 2 * widest * h)
+        del update, iterate, gram, following
+
+
+def _muon(name: str) -> bool:
+    """Whether Muon updates this parameter: the blocks' matrices."""
+    return name.startswith(("attn.", "mlp.")) and name.endswith(".weight")
 
 
 def _is_matrix(name: str) -> bool:

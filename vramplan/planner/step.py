@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+import numpy as np
 
 from ..errors import Problem, did_you_mean
 from .shape import Ints, Shape, check_shape
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["float32", "tf32", "bfloat16", "float16", "pure-bfloat16"]
 Loss = Literal["full", "chunked"]
-Checkpointing = Literal["none", "block"]
-Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw8bit"]
+Checkpointing = Literal["none", "selective", "block"]
+Optimizer = Literal[
+    "adamw-fused", "adamw-foreach", "adamw8bit", "adamw-in-backward", "adamw-offload", "adamw-stochastic", "muon"
+]
 Workload = Literal["vramplan", "nanogpt", "autocast", "plain"]
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -25,6 +30,9 @@ DEFAULT_LOSS_CHUNK = 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepConfig:
     """One training step. ``batch_size`` and ``grad_accum`` may be numpy arrays; the rest selects a tensor table.
+
+    ``dtype`` is that of activations and products; weights and states are float32, except with ``pure-bfloat16``, whose
+    optimizer rounds stochastically. ``tf32`` is float32 with products on tensor cores.
 
     ``workload`` names the script: ``vramplan`` is our trainer; ``nanogpt`` is nanoGPT's train.py; ``autocast`` the
     common hand-written loop (``cross_entropy(logits.float())`` under autocast, logits kept by the caller); ``plain``
@@ -48,13 +56,68 @@ class StepConfig:
     @property
     def half(self) -> bool:
         """Whether activations are two bytes wide."""
-        return self.dtype != "float32"
+        return self.dtype not in ("float32", "tf32")
+
+    @property
+    def pure(self) -> bool:
+        """Whether weights, gradients and optimizer states are as narrow as activations."""
+        return self.dtype == "pure-bfloat16" or self.workload == "plain"
 
 
 SCRIPTS = {
     "nanogpt": "nanoGPT's train.py", "autocast": "the hand-written autocast loop", "plain": "the plain loop",
 }  # fmt: skip
 """Workloads that are other people's scripts: GPT-2's layout, and none of our savers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Settings that cannot be combined: ``field`` is the one to blame, ``rule`` says with what."""
+
+    field: str
+    applies: Callable[[StepConfig], bool]
+    rule: str
+    remedy: str
+
+
+def _in_backward(step: StepConfig) -> bool:
+    return step.optimizer == "adamw-in-backward"
+
+
+CONFLICTS = (
+    Conflict(
+        "grad_accum", lambda s: _in_backward(s) and bool(np.any(np.asarray(s.grad_accum) > 1)),
+        "is impossible where each gradient is used up in the backward", "use 1, or another optimizer",
+    ),
+    Conflict(
+        "dtype", lambda s: _in_backward(s) and s.dtype == "float16",
+        "must be unscaled as a whole before the update, which in the backward it cannot be", "use bfloat16",
+    ),
+    Conflict(
+        "compile", lambda s: _in_backward(s) and s.compile,
+        "returns all gradients at once: updates in the backward would save nothing", "use compile=false",
+    ),
+    Conflict(
+        "optimizer", lambda s: s.dtype == "pure-bfloat16" and s.optimizer != "adamw-stochastic",
+        "would lose small updates of bfloat16 weights", "use adamw-stochastic",
+    ),
+    Conflict(
+        "optimizer", lambda s: s.dtype != "pure-bfloat16" and s.optimizer == "adamw-stochastic",
+        "rounds to bfloat16 weights, and these are float32", "use dtype=pure-bfloat16",
+    ),
+    Conflict(
+        "optimizer", lambda s: s.optimizer == "adamw-offload" and s.device == "cpu",
+        "moves states to host memory, where a CPU has them anyway", "use adamw-fused",
+    ),
+)  # fmt: skip
+"""What cannot be combined; planner, validator and search all read it. Clipping is another (``runconfig``): a gradient
+that is used up in the backward has no global norm yet."""
+
+CHECKPOINTING_WORDS: dict[Checkpointing, str] = {
+    "none": "no activation checkpointing",
+    "selective": "selective checkpointing",
+    "block": "activation checkpointing",
+}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": get_args(DType),
@@ -88,14 +151,18 @@ def check_step(step: StepConfig) -> list[Problem]:
         problems.append(Problem("dropout", step.dropout, rule, "use 0, or device=cuda"))
     if step.workload == "plain" and step.dtype == "float16":
         problems.append(Problem("dtype", "float16", "as the weights' own dtype does not train", "use bfloat16"))
+    problems += [Problem(c.field, getattr(step, c.field), c.rule, c.remedy) for c in CONFLICTS if c.applies(step)]
     script = SCRIPTS.get(step.workload)
     if script is not None:
         if step.loss == "chunked":
             problems.append(Problem("loss", "chunked", f"does not exist in {script}", "use loss=full"))
         if step.checkpointing != "none":
             problems.append(Problem("checkpointing", step.checkpointing, f"does not exist in {script}", "use none"))
-        if step.optimizer == "adamw8bit":
+        if step.optimizer not in ("adamw-fused", "adamw-foreach"):
             problems.append(Problem("optimizer", step.optimizer, f"does not exist in {script}", "use adamw-fused"))
+        if step.dtype in ("tf32", "pure-bfloat16"):
+            remedy = "use bfloat16 (pure, with workload=plain)" if "pure" in step.dtype else "use float32"
+            problems.append(Problem("dtype", step.dtype, f"does not exist in {script}", remedy))
     return problems
 
 

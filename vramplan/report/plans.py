@@ -15,7 +15,7 @@ from ..planner.memory import Estimate
 from ..planner.plan import Plan, PlanSet
 from ..planner.repair import Repair
 from ..planner.shape import published_name
-from ..planner.step import tokens_per_step
+from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
 from ..units import count, duration, gib, gib_needed
 from .console import console
 
@@ -49,7 +49,7 @@ def sentence(plan: Plan) -> str:
             step.dtype,
             "compiled" if step.compile else "eager",
             loss,
-            "activation checkpointing" if step.checkpointing == "block" else "no checkpointing",
+            CHECKPOINTING_WORDS[step.checkpointing],
             step.optimizer,
         ]
     )

@@ -24,8 +24,8 @@ Slice = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, step: StepConfig, cap: float = 0.0) -> Tensor:
     """Mean cross-entropy as a float32 scalar.
 
-    ``hidden`` (B, T, h) in the compute dtype, ``head`` (V, h) float32, ``targets`` (B, T) int64; ``cap`` is the soft
-    limit of the logits, 0 for none.
+    ``hidden`` (B, T, h) in the compute dtype, ``head`` (V, h) of the weights' dtype, ``targets`` (B, T) int64;
+    ``cap`` is the soft limit of the logits, 0 for none.
     """
     x, y = hidden.flatten(0, 1), targets.flatten()
     if step.loss == "full":
@@ -64,17 +64,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, head: Tensor, y: Tensor, chunk: int, cap: float, fused: Slice) -> Tensor:
         weight = head.to(x.dtype)
         grad_x = torch.empty_like(x)
-        grad_head = torch.zeros_like(head)
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
         total = torch.zeros((), device=x.device)
         for xs, ys, gs in zip(torch.split(x, chunk), torch.split(y, chunk), torch.split(grad_x, chunk), strict=True):
             loss, grad_logits = fused(F.linear(xs, weight), ys, cap)
             total += loss
             torch.mm(grad_logits, weight, out=gs)
-            if x.dtype == head.dtype:
+            if x.dtype == grad_head.dtype:
                 grad_head.addmm_(grad_logits.t(), xs)
             else:
                 grad_head += grad_logits.t() @ xs
             del grad_logits
+        grad_head = grad_head.to(head.dtype)
         ctx.save_for_backward(grad_x, grad_head)
         ctx.tokens = y.numel()
         return total / y.numel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,13 @@ from ..planner.step import StepConfig
 from .loss import next_token_loss
 from .pointwise import rms_norm, rotary_tables, rotate, softcap, squared_relu, swiglu
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "pure-bfloat16": torch.bfloat16,
+}
 
 
 class Linear(nn.Module):
@@ -76,19 +83,19 @@ class Attention(nn.Module):
         self.qkv = Linear(shape.n_embd, shape.qkv_width, shape.bias)
         self.proj = Linear(shape.n_embd, shape.n_embd, shape.bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, h), and the tables of rotary positions if there are any -> (B, T, h)."""
-        B, T, h = x.shape
+    def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, T, qkv_width) projections, and the tables of rotary positions if there are any -> (B, T, h)."""
         s = self.shape
+        B, T, _ = qkv.shape
         q, k, v = (
-            part.view(B, T, -1, s.head_dim) for part in self.qkv(x).split([h, s.kv_width, s.kv_width], dim=2)
-        )  # fmt: skip
+            part.view(B, T, -1, s.head_dim) for part in torch.split(qkv, [s.n_embd, s.kv_width, s.kv_width], dim=2)
+        )
         if s.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out: Tensor = self.proj(y.transpose(1, 2).reshape(B, T, h))
+        out: Tensor = self.proj(y.transpose(1, 2).reshape(B, T, s.n_embd))
         return out
 
 
@@ -117,17 +124,13 @@ class MLP(nn.Module):
         self.fc = Linear(shape.n_embd, shape.fc_width, shape.bias)
         self.proj = Linear(shape.mlp_width, shape.n_embd, shape.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, h) -> (B, T, h)."""
-        out: Tensor = self.proj(self.activation(self.fc(x)))
-        return out
-
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. With selective checkpointing norms and activations are computed again when needed."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, selective: bool = False) -> None:
         super().__init__()
+        self.selective = selective
         self.ln_1 = norm(shape)
         self.attn = Attention(shape)
         self.ln_2 = norm(shape)
@@ -135,8 +138,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, T, h), and the tables of rotary positions if there are any -> (B, T, h)."""
-        x = x + self.attn(self.ln_1(x), rotary)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+        x = x + self.attn(self._project(self.ln_1, self.attn.qkv, x), rotary)
+        return x + self._project(self.mlp.activation, self.mlp.proj, self._project(self.ln_2, self.mlp.fc, x))
+
+    def _project(self, before: Callable[[Tensor], Tensor], linear: Linear, x: Tensor) -> Tensor:
+        """``linear(before(x))``. Selective: only ``x`` is kept; ``before`` is run again, the product is not."""
+        if self.selective and torch.is_grad_enabled():
+            return _recomputed(lambda x: linear(before(x)), x)
+        out: Tensor = linear(before(x))
+        return out
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``function(*args)`` of which the arguments are kept; the backward calls it again, up to what it needs."""
+    out: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 class GPT(nn.Module):
@@ -160,10 +176,14 @@ class GPT(nn.Module):
             cos, sin = rotary_tables(shape.block_size, shape.head_dim, self.dtype)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        selective = step.checkpointing == "selective"
+        self.blocks = nn.ModuleList(Block(shape, selective=selective) for _ in range(shape.n_layer))
         self.ln_f = norm(shape)
         self.lm_head = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.n_embd))
         self._initialise(seed)
+        if step.pure:
+            for p in self.parameters():
+                p.data = p.data.to(self.dtype)
 
     def _initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -192,10 +212,7 @@ class GPT(nn.Module):
         x = x.to(self.dtype)
         recompute = self.step.checkpointing == "block" and torch.is_grad_enabled()
         for block in self.blocks:
-            if recompute:
-                x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rotary)
+            x = _recomputed(block, x, rotary) if recompute else block(x, rotary)
         out: Tensor = self.ln_f(x)
         return out
 

@@ -14,7 +14,7 @@ from torch.autograd.profiler import record_function
 from ..planner.step import StepConfig
 from .loss import next_token_loss
 from .model import GPT
-from .optimizer import allocate_states
+from .optimizer import InBackward, allocate_states
 
 MicroBatches = Iterable[tuple[Tensor, Tensor]]
 
@@ -61,6 +61,7 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer, self.step = model, optimizer, step
         self.grad_clip, self.device = grad_clip, device
+        torch.set_float32_matmul_precision("high" if step.dtype == "tf32" else "highest")
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
         self._forward: Callable[[Tensor, Tensor], Tensor] = _compiled(model) if step.compile else model
 
@@ -95,6 +96,9 @@ class TrainStep:
 
     def update(self) -> Tensor:
         """Clip the gradients, update the weights, drop the gradients; their norm as a scalar on the device."""
+        if isinstance(self.optimizer, InBackward):
+            self.optimizer.step()
+            return self.optimizer.take_norm(self.device)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
