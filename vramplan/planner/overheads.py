@@ -143,9 +143,10 @@ def load_overheads(path: Path | None) -> MeasuredOverheads:
     problems = []
     for name, value in table.items():
         if name not in known:
-            problems.append(Problem(name, value, "is not an overhead", did_you_mean(name, known)))
+            problems.append(Problem(name, value, f"in {path} is not an overhead", did_you_mean(name, known)))
         elif type(value) is not int or not 0 <= value <= LARGEST_OVERHEAD_BYTES:
-            problems.append(Problem(name, value, "must be a whole number of bytes, 0 or more and below 1 TiB"))
+            rule = f"in {path} must be a whole number of bytes, 0 or more and at most 1 TiB"
+            problems.append(Problem(name, value, rule))
     if problems:
-        raise ConfigError(problems, str(path))
+        raise ConfigError(problems)
     return MeasuredOverheads(**table)
