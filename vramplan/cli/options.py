@@ -15,6 +15,7 @@ from ..device import compile_support, cpu_has_bf16, host_memory, live_gpu
 from ..errors import Collector, ConfigError, Problem
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
+from ..planner.overheads import load_overheads
 from ..planner.risk import CERTAINTY, LARGEST_RISK
 from ..planner.shape import PADDED_GPT2_VOCAB, SHAPE_CHOICES
 from ..planner.step import DeviceKind, DType
@@ -212,6 +213,16 @@ def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headl
     found = budget(card, vram_bytes=vram, reserve_bytes=reserve, headless=headless)
     can_compile, why = compile_support(card.capability if card else None)
     return Target(card, "cuda", found, found.assumptions, can_compile, _half_dtypes(card), why)
+
+
+def with_measured(card: Gpu | None, path: Path | None) -> Gpu | None:
+    """The card with the user's own overheads (``--overheads``). Raises ConfigError without a card to put them on."""
+    if path is None:
+        return card
+    measured = load_overheads(path)
+    if card is None:
+        raise ConfigError(Problem("--overheads", str(path), "means nothing without a card", "add --gpu"))
+    return measured.on(card)
 
 
 def _half_dtypes(card: Gpu | None) -> tuple[DType, ...]:

@@ -40,6 +40,7 @@ from .options import (
     refused,
     resolve_target,
     shape_options,
+    with_measured,
 )
 
 
@@ -281,6 +282,7 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 @click.option("--optimizer", type=_choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
 @click.option("--workload", type=_choice("workload"), help="Whose script. [default: vramplan]")
 @click.option("--alloc-conf", metavar="TEXT", help="PYTORCH_ALLOC_CONF of the run (expandable_segments:True, ...).")
+@click.option("--overheads", type=FilePath(), help="TOML file with this card's own context_bytes, measured.")
 @click.option("--dropout", type=float, help="Of embeddings and branches, in the other workloads. [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -299,7 +301,9 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     if given["gpu"] is not None or given["vram"] is not None:
         with collect:
             target = resolve_target(given["gpu"], given["vram"], given["reserve"], given["headless"])
-    settings = None
+    settings, gpu = None, target.gpu if target else None
+    with collect:
+        gpu = with_measured(gpu, given.pop("overheads"))
     with collect:
         settings = _allocator_settings(given.pop("alloc_conf"), on_cpu=is_cpu(given["gpu"]))
     with collect:
@@ -310,7 +314,6 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     if step.loss == "full" and given["loss_chunk_tokens"] is not None:
         rule = "means nothing with the full loss"
         raise ConfigError(Problem("--loss-chunk-tokens", given["loss_chunk_tokens"], rule, "leave it out"))
-    gpu = target.gpu if target else None
     full = estimate_memory(shape, step, gpu, settings)
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None
     repair = None
@@ -362,17 +365,10 @@ def _configuration(
     names = {"compile_": "compile"} | {
         n: n
         for n in (
-            "batch_size",
-            "grad_accum",
-            "dtype",
-            "loss",
-            "loss_chunk_tokens",
-            "checkpointing",
-            "optimizer",
-            "workload",
+            "batch_size", "grad_accum", "dtype", "loss", "loss_chunk_tokens", "checkpointing", "optimizer", "workload",
             "dropout",
         )
-    }
+    }  # fmt: skip
     step_values |= {field: given[name] for name, field in names.items() if given[name] is not None}
     workload: Workload = step_values.get("workload", "vramplan")
     if workload != "vramplan":

@@ -54,7 +54,8 @@ class Gpu:
     """One card. ``usable_bytes`` is what torch reports on Linux; ``usable_measured`` says whether somebody saw it.
 
     ``boost_mhz`` is the rated boost clock. ``datasheet_flops`` (dense, half precision, float32 accumulation) wins over
-    the rule SMs x boost x ``tensor_rate`` where the maker prints one.
+    the rule SMs x boost x ``tensor_rate`` where the maker prints one. ``context_bytes`` (CUDA context) and
+    ``workspace_bytes`` (one cuBLAS workspace) are what the user measured, if he did: see ``overheads.py``.
     """
 
     name: str
@@ -70,6 +71,8 @@ class Gpu:
     source: str
     tensor_rate: int
     datasheet_flops: float | None = None
+    context_bytes: int | None = None
+    workspace_bytes: int | None = None
 
     @property
     def architecture(self) -> str:

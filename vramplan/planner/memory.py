@@ -15,6 +15,7 @@ from .compiled import CompiledStep
 from .eager import EagerStep
 from .first_steps import replay_first_steps
 from .gpu import Gpu
+from .overheads import cublas_workspace_bytes, cuda_context_bytes
 from .shape import MAX_FUSED_HEAD_DIM, Ints, Shape
 from .step import DeviceKind, StepConfig
 from .tape import CATEGORIES, Change, Tape, peak, unroll
@@ -22,27 +23,24 @@ from .tape import CATEGORIES, Change, Tape, peak, unroll
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
 
-CUBLAS_WORKSPACE_BYTES = {(9, 0): 32 * MIB, (10, 0): 32 * MIB}
-"""Per handle and stream; every other architecture 8,519,680 (torch aten/src/ATen/cuda/CublasHandlePool.cpp)."""
-
-CONTEXT_BYTES = {(7, 5): 141 * MIB, (8, 0): 420 * MIB, (9, 0): 520 * MIB, (10, 0): 560 * MIB}
-"""CUDA context after the first product: 141 MiB measured on a T4. Cards not listed: 200 MiB, measured on a 4070 SUPER.
-The figures of A100, H100 and B200 are upper estimates that no measurement here backs."""
-
 CPU_PROCESS_BYTES = 300 * MIB
 """Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
 
 
-def workspace_bytes(gpu: Gpu | None) -> int:
-    """Bytes of one cuBLAS workspace on this card."""
-    return CUBLAS_WORKSPACE_BYTES.get(gpu.capability if gpu else DEFAULT_CAPABILITY, 8_519_680)
+def workspace_bytes(gpu: Gpu | None, torch_version: str | None = None) -> int:
+    """Bytes of one cuBLAS workspace on this card: measured on it, or what this torch (the newest) takes."""
+    if gpu is not None and gpu.workspace_bytes is not None:
+        return gpu.workspace_bytes
+    return cublas_workspace_bytes(gpu.capability if gpu else DEFAULT_CAPABILITY, torch_version)
 
 
 def context_bytes(gpu: Gpu | None, device: DeviceKind = "cuda") -> int:
     """Bytes of the process outside torch's allocator: the CUDA context; on a CPU Python with torch loaded."""
     if device == "cpu":
         return CPU_PROCESS_BYTES
-    return CONTEXT_BYTES.get(gpu.capability if gpu else DEFAULT_CAPABILITY, 200 * MIB)
+    if gpu is None:
+        return cuda_context_bytes(DEFAULT_CAPABILITY)
+    return cuda_context_bytes(gpu.capability, gpu.sms) if gpu.context_bytes is None else gpu.context_bytes
 
 
 def tensor_table(shape: Shape, step: StepConfig, gpu: Gpu | None = None, *, evaluation: bool = True) -> Tape:
