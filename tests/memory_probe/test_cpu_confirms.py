@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from vramplan.errors import ConfigError
 from vramplan.memory_probe.cpu import StepMeasurement, measure_cpu_step
 from vramplan.planner.memory import Estimate, estimate
 from vramplan.planner.shape import Shape
-from vramplan.planner.step import StepConfig
+from vramplan.planner.step import DType, Optimizer, StepConfig
 from vramplan.runconfig import RunConfig
 from vramplan.trainer.model import GPT
 from vramplan.trainer.optimizer import build_optimizer
@@ -146,6 +146,13 @@ CASES = [
     case("one key", 8, bias=True),
     case("one key", 8, tied=False, **chunked(64), **BLOCK),
     case("deep", 16, **SELECTIVE),
+    case("deep", 2, optimizer="adamw-in-backward"),
+    case("all blocks", 2, tied=False, **chunked(64), optimizer="adamw-in-backward"),
+    case("all blocks", 1, optimizer="muon"),
+    case("deep", 4, bias=True, grad_accum=3, optimizer="muon"),
+    case("half", 4, **chunked(64), dtype="pure-bfloat16", optimizer="adamw-stochastic"),
+    case("half", 1, tied=False, grad_accum=3, dtype="pure-bfloat16", optimizer="adamw-stochastic"),
+    case("wide vocabulary", 4, dtype="tf32"),
     case("deep", 8, bias=True, grad_accum=3, **chunked(256), **SELECTIVE),
     case("all blocks", 8, tied=False, **SELECTIVE, **FOREACH),
     case("half", 4, bias=True, **BF16, **SELECTIVE),
@@ -202,11 +209,11 @@ def test_every_phase_is_estimated_not_only_the_highest(config: tuple[Shape, Step
 def test_the_cases_cover_every_setting() -> None:
     assert len(CONFIGS) == len(set(CONFIGS)) >= 60
     for field, values in {
-        "dtype": {"float32", "bfloat16", "float16"},
+        "dtype": set(get_args(DType)),
         "loss": {"full", "chunked"},
         "checkpointing": {"none", "selective", "block"},
         "grad_accum": {1, 3},
-        "optimizer": {"adamw-fused", "adamw-foreach", "adamw8bit"},
+        "optimizer": set(get_args(Optimizer)) - {"adamw-offload"},
     }.items():
         assert {getattr(step, field) for _, step in CONFIGS} == values
     assert {(shape.bias, shape.tied) for shape, _ in CONFIGS} == {(b, t) for b in (True, False) for t in (True, False)}

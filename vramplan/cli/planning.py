@@ -190,6 +190,8 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
     ours = search["workload"] == "vramplan"
     compiled = "off" if search["no_compile"] else search["compile_"]
     optimizers: tuple[Optimizer, ...] = ("adamw-fused", "adamw8bit") if ours else ("adamw-fused",)
+    if search["dtype"] == "pure-bfloat16":
+        optimizers = ("adamw-stochastic",)
     grid = Grid(
         shapes=shapes,
         tokens_per_step=search["tokens_per_step"],
@@ -203,7 +205,7 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
         device=target.device,
         workload=search["workload"],
     )
-    problems = check(shapes[0], next(grid.modes()))
+    problems = check(shapes[0], next(grid.modes(), None) or grid.first_mode())
     with (collect := Collector(problems)):
         _ = grid.batches
     problems = collect.problems

@@ -132,6 +132,12 @@ class Graph:
         self.nodes.append(node)
         return [Tensor(memory, node, i) for i, memory in enumerate(outputs)]
 
+    def begin_backward(self, tensor: Tensor, grad: Memory) -> None:
+        """Give ``tensor`` its gradient; it is then no longer held by ``tensor`` itself."""
+        if tensor.source is not None:
+            tensor.source.receive(tensor.output, grad)
+        tensor.memory = ()
+
     def taken(self) -> list[Node]:
         """The nodes recorded since this was last asked."""
         nodes, self.nodes = self.nodes, []

@@ -76,9 +76,7 @@ class EagerStep(LossRows):
         del batch
 
     def _backward(self, loss: Tensor, nodes: list[Node]) -> None:
-        assert isinstance(loss.source, Node)
-        loss.source.receive(0, ())
-        loss.memory = ()
+        self.begin_backward(loss, ())
         self.run(nodes)
 
     def in_blocks(self, blocks: list[Node]) -> None:
@@ -211,8 +209,7 @@ class EagerStep(LossRows):
             self.stop_at = ""
             nodes, self.nodes = self.nodes, before
             self.tape.phase = backward_phase
-            assert isinstance(y.source, Node)
-            y.source.receive(0, grads.pop())
+            self.begin_backward(y, grads.pop())
             del y
             self.run(nodes)
             return given.grads

@@ -20,7 +20,7 @@ from .memory import Estimate, context_bytes, estimate, peak_allocated, state_byt
 from .risk import needed_bytes, needed_for
 from .shape import Shape, divisors
 from .speed import flops_per_token, tokens_per_second
-from .step import Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
+from .step import CONFLICTS, Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
 
 Numbers = Any  # numpy arrays
 
@@ -58,6 +58,8 @@ class Grid:
         check_tokens_per_step(self.tokens_per_step, block)
         sequences = self.tokens_per_step // block
         every = divisors(sequences)
+        if self.optimizers == ("adamw-in-backward",):  # which cannot accumulate
+            every = (sequences,)
         if self.batch_sizes is None:
             return every
         if min(self.batch_sizes) < 1:
@@ -70,20 +72,28 @@ class Grid:
         return self.batch_sizes
 
     def modes(self) -> Iterator[StepConfig]:
-        """Every combination of the discrete settings."""
+        """Every combination of the discrete settings that is possible."""
         for dtype, compiled, loss, checkpointing, optimizer in itertools.product(
             self.dtypes, self.compiles, self.losses, self.checkpointings, self.optimizers
         ):
-            yield StepConfig(
+            mode = StepConfig(
                 dtype=dtype, compile=compiled, loss=loss, checkpointing=checkpointing, optimizer=optimizer,
                 device=self.device, workload=self.workload, dropout=self.dropout,
             )  # fmt: skip
+            if not any(conflict.applies(mode) for conflict in CONFLICTS):
+                yield mode
+
+    def first_mode(self) -> StepConfig:
+        """The first combination, possible or not: what to complain about when none is."""
+        return StepConfig(
+            dtype=self.dtypes[0], compile=self.compiles[0], loss=self.losses[0], checkpointing=self.checkpointings[0],
+            optimizer=self.optimizers[0], device=self.device, workload=self.workload, dropout=self.dropout,
+        )  # fmt: skip
 
     def size(self) -> int:
         """Number of configurations considered."""
-        chunks = sum(len(self.loss_chunks) if loss == "chunked" else 1 for loss in self.losses)
-        others = len(self.dtypes) * len(self.compiles) * len(self.checkpointings) * len(self.optimizers)
-        return len(self.shapes) * len(self.batches) * chunks * others
+        chunks = sum(len(self.loss_chunks) if mode.loss == "chunked" else 1 for mode in self.modes())
+        return len(self.shapes) * len(self.batches) * chunks
 
 
 def check_tokens_per_step(tokens: int, block_size: int) -> None:
@@ -138,8 +148,8 @@ class Ranking:
 
 
 def quality_price(step: StepConfig, gpu: Gpu | None) -> int:
-    """How much the settings cost in numerics: 1 for float16 where bfloat16 exists, 2 for 8-bit optimizer states."""
-    price = 2 if step.optimizer == "adamw8bit" else 0
+    """How much the settings cost in numerics: 1 for float16 where bfloat16 exists, 2 for states of 8 or 16 bits."""
+    price = 2 if step.optimizer == "adamw8bit" or step.dtype == "pure-bfloat16" else 0
     return price + (1 if step.dtype == "float16" and (gpu is None or gpu.supports_bf16) else 0)
 
 

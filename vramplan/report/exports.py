@@ -19,6 +19,8 @@ def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) ->
     train = suggested_training(
         int(shape.parameters), int(tokens_per_step(shape, step)), data["token_budget"], max_steps
     )
+    if step.optimizer == "adamw-in-backward":
+        train["grad_clip"] = 0.0
     return RunConfig.build(shape, step, train=train, plan=_plan_section(data, rank))
 
 

@@ -131,7 +131,8 @@ class InBackward(Several):
 
     def _update_with(self, part: torch.optim.Optimizer) -> Callable[[Tensor], None]:
         def update(p: Tensor) -> None:
-            assert p.grad is not None
+            if p.grad is None:
+                return
             square = p.grad.norm().square()
             self.squared_norm = square if self.squared_norm is None else self.squared_norm + square
             part.step()
