@@ -82,9 +82,13 @@ class StateRows(Graph):
                 self._optimizer_state(name, elements)
         if self.step.optimizer == "adamw8bit":
             t.new("quantisation maps", "optimizer", 1024, times=2)
-        if self.shape.positions == "rotary":
-            t.new("cosines of rotary positions", "inputs", self.e * self.shape.block_size * self.shape.head_dim)
-            t.new("sines of rotary positions", "inputs", self.e * self.shape.block_size * self.shape.head_dim // 2)
+        self._rotary_tables()
+
+    def _rotary_tables(self) -> None:
+        s = self.shape
+        if s.positions == "rotary":
+            self.tape.new("cosines of rotary positions", "inputs", self.e * s.block_size * s.head_dim)
+            self.tape.new("sines of rotary positions", "inputs", self.e * s.block_size * s.head_dim // 2)
 
     def _kept_gradients(self) -> None:
         """With accumulation our trainer keeps ``.grad`` allocated from before step 0 on.

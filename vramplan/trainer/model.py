@@ -17,8 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
+from .cache import KVCache, LayerCache
 from .loss import next_token_loss
 from .pointwise import rms_norm, rotary_tables, rotate, softcap, squared_relu, swiglu
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions at hand, as :func:`rotary_tables` makes them."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -83,8 +87,8 @@ class Attention(nn.Module):
         self.qkv = Linear(shape.n_embd, shape.qkv_width, shape.bias)
         self.proj = Linear(shape.n_embd, shape.n_embd, shape.bias)
 
-    def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, qkv_width) projections, and the tables of rotary positions if there are any -> (B, T, h)."""
+    def forward(self, qkv: Tensor, rotary: Rotary | None, past: LayerCache | None = None) -> Tensor:
+        """(B, T, qkv_width) projections -> (B, T, h). ``past``: T new tokens, 1 or all, after those of the cache."""
         s = self.shape
         B, T, _ = qkv.shape
         q, k, v = (
@@ -94,17 +98,20 @@ class Attention(nn.Module):
             q, k = rms_norm(q), rms_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past is not None:
+            k, v = past.extend(k, v)
         y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out: Tensor = self.proj(y.transpose(1, 2).reshape(B, T, s.n_embd))
         return out
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of (B, heads, T, width); ``k`` and ``v`` may have fewer heads."""
+    """Causal attention of (B, heads, T, width); ``k`` and ``v`` may have fewer heads, and more tokens before one."""
     group = q.shape[1] // k.shape[1]
     if group > 1 and not kernel_groups(q):
         k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+    causal = q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=k.shape[1] < q.shape[1])
 
 
 def kernel_groups(q: Tensor) -> bool:
@@ -136,9 +143,9 @@ class Block(nn.Module):
         self.ln_2 = norm(shape)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None, past: LayerCache | None = None) -> Tensor:
         """(B, T, h), and the tables of rotary positions if there are any -> (B, T, h)."""
-        x = x + self.attn(self._project(self.ln_1, self.attn.qkv, x), rotary)
+        x = x + self.attn(self._project(self.ln_1, self.attn.qkv, x), rotary, past)
         return x + self._project(self.mlp.activation, self.mlp.proj, self._project(self.ln_2, self.mlp.fc, x))
 
     def _project(self, before: Callable[[Tensor], Tensor], linear: Linear, x: Tensor) -> Tensor:
@@ -202,17 +209,22 @@ class GPT(nn.Module):
         """Number of trainable parameters, shared ones once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, h) after the last LayerNorm, in the compute dtype."""
-        T = tokens.shape[1]
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, h) after the last norm, in the compute dtype.
+
+        With a ``cache`` the tokens come after those in it: all of a prompt at once, then one by one.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
         x = F.embedding(tokens, self.wte)
         if self.wpe is not None:
-            x = x + self.wpe[:T]
-        rotary = None if self.wpe is not None else (self.cos[:T], self.sin[:T])
+            x = x + self.wpe[start:end]
+        rotary = None if self.wpe is not None else (self.cos[start:end], self.sin[start:end])
         x = x.to(self.dtype)
         recompute = self.step.checkpointing == "block" and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = _recomputed(block, x, rotary) if recompute else block(x, rotary)
+        for i, block in enumerate(self.blocks):
+            past = cache.layers[i] if cache is not None else None
+            x = _recomputed(block, x, rotary) if recompute else block(x, rotary, past)
         out: Tensor = self.ln_f(x)
         return out
 
@@ -220,7 +232,7 @@ class GPT(nn.Module):
         """Mean next-token cross-entropy of (B, T) int64 tokens and targets: a float32 scalar."""
         return next_token_loss(self.hidden(tokens), self.head, targets, self.step, self.shape.logit_softcap)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) int64 -> (B, V) float32 logits of the token that follows the last position."""
-        x = self.hidden(tokens)[:, -1]
+        x = self.hidden(tokens, cache)[:, -1]
         return softcap(F.linear(x, self.head.to(x.dtype)).float(), self.shape.logit_softcap)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, Problem
 from ..runconfig import RunConfig
+from .cache import KVCache
 from .checkpoint import CheckpointFolder, all_finite, fitting
 from .model import GPT
 from .rundir import RunDirectory
@@ -97,16 +98,21 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids after ``context``, of which the last ``block_size`` are seen.
 
+    Up to ``block_size`` tokens their keys and values are kept, and a new token costs one token's work.
+
     Ids from ``n_vocab`` on are padding of the embedding, without text: they are never drawn. Drawing happens on the
     CPU, so that a seed means the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     block_size, device = model.shape.block_size, model.wte.device
     context = list(context)
+    cache = KVCache(model.shape, 1, model.dtype, device) if len(context) <= block_size else None
     for _ in range(max_new_tokens):
-        window = torch.tensor([context[-block_size:]], device=device)
+        if len(context) > block_size:  # every position moves with each new token: nothing can be kept
+            cache = None
+        seen = context[cache.length :] if cache is not None else context[-block_size:]
         with torch.no_grad():
-            logits = model.logits(window)[0, :n_vocab].cpu()
+            logits = model.logits(torch.tensor([seen], device=device), cache)[0, :n_vocab].cpu()
         token = _draw(logits, temperature, top_k, generator)
         context.append(token)
         yield token
