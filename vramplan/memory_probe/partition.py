@@ -8,6 +8,7 @@ buffers that it reuses, padded products) is not seen.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import re
 from collections import Counter
@@ -33,7 +34,7 @@ from .scripts import ScriptGPT, default_dtype
 
 aten = torch.ops.aten
 
-DISTINCT = {"n_head": 15, "n_embd": 840, "vocab_size": 50_264, "block_size": 1016}
+DISTINCT: dict[str, Any] = {"n_head": 15, "n_embd": 840, "vocab_size": 50_264, "block_size": 1016}
 DISTINCT_KV_HEADS = 5
 DISTINCT_BATCH = 7
 """Sizes near those of GPT-2 whose products are all different, so that an element count has one factorisation."""
@@ -94,14 +95,14 @@ def saved_tensors(shape: Shape, step: StepConfig, *, budget: float = 1.0) -> Cou
     return Counter(Saved(symbolic(v.numel(), shape, step), v.element_size(), _name(node)) for node, v in kept)
 
 
-class Cut(Exception):
+class Cut(Exception):  # noqa: N818 - it ends a compilation as meant
     """Ends a compilation where forward and backward are parted: what the former returns, and keeps for the latter."""
 
     def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
         super().__init__()
         self.forward, self.backward = forward, backward
         (results,) = next(iter(reversed(forward.graph.nodes))).args
-        bases = [_base(node) for node in results if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+        bases = [_base(node) for node in results if isinstance(node, fx.Node)]
         self.returned = set(bases[:outputs])
         self.kept = [node for node in dict.fromkeys(bases[outputs:]) if node.op != "placeholder" and not _state(node)]
 
@@ -141,7 +142,7 @@ def trace(shape: Shape, step: StepConfig, *, budget: float = 1.0) -> Cut:
         except Cut as cut:
             cuts.append(cut)
         (results,) = next(iter(reversed(graph.graph.nodes))).args
-        return lambda *_: [torch.zeros(()) for _ in results]  # type: ignore[union-attr]
+        return lambda *_: [torch.zeros(()) for _ in results]
 
     torch._dynamo.reset()
     with (
@@ -163,7 +164,7 @@ def _cutting(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **opti
     raise Cut(forward, backward, num_fwd_outputs)
 
 
-_partitioner: Any = compile_fx.min_cut_rematerialization_partition
+_partitioner: Any = compile_fx.min_cut_rematerialization_partition  # type: ignore[attr-defined]
 
 
 def _forward(shape: Shape, step: StepConfig, batch: Tensor) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
@@ -282,6 +283,19 @@ def dimensions(shape: Shape) -> dict[str, int]:
     return distinct
 
 
+def _positions(shape: Shape, step: StepConfig) -> dict[str, int]:
+    B, T = step.batch_size, shape.block_size
+    return {"N": B * T, "T": T, "B n_head T32": B * shape.n_head * (-(-T // 32) * 32)}
+
+
+def product(symbol: str, shape: Shape, step: StepConfig) -> int:
+    """The inverse of :func:`symbolic`, for a shape of the same options: elements."""
+    known = {**dimensions(shape), **_positions(shape, step)}
+    if symbol in known:
+        return known[symbol]
+    return math.prod(int(name) if name.isdigit() else known[name] for name in symbol.split())
+
+
 def symbolic(elements: int, shape: Shape, step: StepConfig) -> str:
     """``elements`` as a product of named dimensions, such as ``N h``: N tokens, T32 positions rounded up to 32.
 
@@ -289,9 +303,7 @@ def symbolic(elements: int, shape: Shape, step: StepConfig) -> str:
     """
     if elements <= 2:  # scalars, and the generator's state
         return str(elements)
-    B, T = step.batch_size, shape.block_size
-    widths = {"": 1, **dimensions(shape)}
-    rows = {"": 1, "N": B * T, "T": T, "B n_head T32": B * shape.n_head * (-(-T // 32) * 32)}
+    widths, rows = {"": 1, **dimensions(shape)}, {"": 1, **_positions(shape, step)}
     products = {f"{row} {name}".strip(): n * k for row, n in rows.items() for name, k in widths.items()}
     names = list(widths)
     products |= {f"{a} {b}": widths[a] * widths[b] for i, a in enumerate(names) for b in names[i:] if a}
