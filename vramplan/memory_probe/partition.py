@@ -11,6 +11,7 @@ import contextlib
 import math
 import operator
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._functorch import config as functorch_config
-from torch._inductor import compile_fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..planner.shape import Shape
@@ -31,6 +30,11 @@ from ..trainer import model as trainer_model
 from ..trainer.model import DTYPES, GPT
 from .fake import _fused_attention
 from .scripts import ScriptGPT, default_dtype
+
+with warnings.catch_warnings():  # of torch's own modules
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch._inductor import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
 aten = torch.ops.aten
 
@@ -69,13 +73,18 @@ def partition(shape: Shape, step: StepConfig, *, check: bool = True) -> Partitio
 
     A second layer tells what each takes; with ``check`` a third one confirms it, or ValueError is raised.
     """
-    sized = replace(shape, **DISTINCT, n_kv_head=DISTINCT_KV_HEADS if shape.grouped else 0)
+    sized = distinct(shape)
     step = replace(step, batch_size=DISTINCT_BATCH)
     one, two = (saved_tensors(replace(sized, n_layer=n), step) for n in (1, 2))
     layer = _difference(two, one)
     if check and _difference(saved_tensors(replace(sized, n_layer=3), step), two) != layer:
         raise ValueError("a third layer keeps other tensors than the second")
-    return Partition(_rows(layer), _rows(_difference(one, layer)))
+    return Partition(as_rows(layer), as_rows(_difference(one, layer)))
+
+
+def distinct(shape: Shape) -> Shape:
+    """A shape of the same options whose dimensions can be told from their products."""
+    return replace(shape, **DISTINCT, n_kv_head=DISTINCT_KV_HEADS if shape.grouped else 0)
 
 
 def _difference(more: Counter[Saved], less: Counter[Saved]) -> Counter[Saved]:
@@ -83,7 +92,8 @@ def _difference(more: Counter[Saved], less: Counter[Saved]) -> Counter[Saved]:
     return Counter({saved: n for saved in (*more, *(less.keys() - more.keys())) if (n := more[saved] - less[saved])})
 
 
-def _rows(counts: Counter[Saved]) -> tuple[Row, ...]:
+def as_rows(counts: Counter[Saved]) -> tuple[Row, ...]:
+    """In the order of where they are made."""
     by_place = sorted(counts.items(), key=lambda item: (item[0].name, item[0]))
     return tuple((n, saved.elements, saved.width, saved.name) for saved, n in by_place)
 
@@ -146,6 +156,7 @@ def trace(shape: Shape, step: StepConfig, *, budget: float = 1.0) -> Cut:
 
     torch._dynamo.reset()
     with (
+        warnings.catch_warnings(action="ignore", category=DeprecationWarning),
         FakeTensorMode(),
         functorch_config.patch(activation_memory_budget=budget, enable_autograd_cache=False),
         mock.patch.object(compile_fx, "min_cut_rematerialization_partition", _cutting),
