@@ -227,33 +227,41 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return out
 
 
+# CUDA's aten._fused_rms_norm is one operator with a backward of its own; on a CPU autograd takes it apart. So it stands
+# under another name while autograd sees it, and inductor writes it out as it does CUDA's.
+torch.library.define("vramplan::fused_rms_norm", "(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("vramplan::fused_rms_norm")  # type: ignore[untyped-decorator]
+def _fused_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    out, scale = torch._decomp.decompositions._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+    return out, scale
+
+
+def _keep_for_norm(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _norm_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, weight, scale = ctx.saved_tensors
+    mask = [True, weight is not None]
+    dx, dw = aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight, mask)
+    return dx, dw if weight is not None else None, None
+
+
+torch.library.register_autograd("vramplan::fused_rms_norm", _norm_backward, setup_context=_keep_for_norm)
+
+
 def _rms_norm(x: Tensor, width: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
-    out: Tensor = _FusedNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = torch.ops.vramplan.fused_rms_norm(x, weight, eps)[0]
     return out
-
-
-class _FusedNorm(torch.autograd.Function):
-    """CUDA's aten._fused_rms_norm as inductor writes it out; on a CPU autograd takes that operator apart itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        rule = torch._decomp.decompositions._fused_rms_norm
-        out, scale = rule(x, [x.shape[-1]], weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        rule = torch._decomp.decompositions._fused_rms_norm_backward
-        dx, dw = rule(grad, x, [x.shape[-1]], scale, weight, [True, weight is not None])
-        return dx, dw, None
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's own, but a LayerNorm's statistics are float32, as on CUDA, whatever the input is."""
     table: dict[Any, Callable[..., Any]] = dict(select_decomp_table())
     table[aten.native_layer_norm.default] = _layer_norm
+    table[torch.ops.vramplan.fused_rms_norm.default] = _fused_norm
     return table
 
 
@@ -282,16 +290,11 @@ def _operator(node: fx.Node) -> str:
 
 
 def dimensions(shape: Shape) -> dict[str, int]:
-    """Names for the widths of a model; one that equals another by definition is left out."""
-    widths = {
+    """Names for the widths of a model."""
+    return {
         "h": shape.n_embd, "kv": shape.kv_width, "qkv": shape.qkv_width, "mlp": shape.mlp_width, "fc": shape.fc_width,
         "V": shape.vocab_size, "n_head": shape.n_head, "n_kv_head": shape.n_kv_head,
     }  # fmt: skip
-    distinct: dict[str, int] = {}
-    for name, size in widths.items():
-        if size and size not in distinct.values():
-            distinct[name] = size
-    return distinct
 
 
 def _positions(shape: Shape, step: StepConfig) -> dict[str, int]:
@@ -314,7 +317,10 @@ def symbolic(elements: int, shape: Shape, step: StepConfig) -> str:
     """
     if elements <= 2:  # scalars, and the generator's state
         return str(elements)
-    widths, rows = {"": 1, **dimensions(shape)}, {"": 1, **_positions(shape, step)}
+    widths, rows = {"": 1}, {"": 1, **_positions(shape, step)}
+    for name, size in dimensions(shape).items():
+        if size and size not in widths.values():  # one that equals another by definition has that one's name
+            widths[name] = size
     products = {f"{row} {name}".strip(): n * k for row, n in rows.items() for name, k in widths.items()}
     names = list(widths)
     products |= {f"{a} {b}": widths[a] * widths[b] for i, a in enumerate(names) for b in names[i:] if a}
