@@ -86,7 +86,7 @@ class ScriptLoop:
     def __init__(self, shape: Shape, step: StepConfig, device: torch.device) -> None:
         self.shape, self.step, self.device = shape, step, device
         plain, fused = step.workload == "plain", step.optimizer == "adamw-fused"
-        with device, _default_dtype(DTYPES[step.dtype] if plain else torch.float32):
+        with device, default_dtype(DTYPES[step.dtype] if plain else torch.float32):
             self.model = ScriptGPT(shape, step.dropout)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=1e-3, fused=fused, foreach=not fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16" and not plain)
@@ -152,7 +152,8 @@ class ScriptLoop:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors made within the block have ``dtype`` unless they say otherwise."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
