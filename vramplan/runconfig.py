@@ -68,6 +68,7 @@ class StepSection(_Section):
     workload: Workload = "vramplan"
     device: DeviceKind = "cuda"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    torch: str = Field(default="", description="release that the plan was made for; empty: any")
 
 
 class TrainSection(_Section):

@@ -264,7 +264,7 @@ def test_the_phase_of_the_peak(phase: str, shape: Shape, step: StepConfig, compi
 def test_the_breakdown_adds_up(workload: Any, compile: bool, device: Any) -> None:
     e = estimate(GPT2, replace(NANOGPT, batch_size=2, workload=workload, compile=compile, device=device))
     assert sum(e.breakdown.values()) == e.process_bytes
-    assert set(e.breakdown) == {*CATEGORIES, "rounding", "fragmentation", "context"}
+    assert set(e.breakdown) == {*CATEGORIES, "rounding", "first step", "fragmentation", "context"}
     assert all(size >= 0 for size in e.breakdown.values())
     assert sum(row.n_bytes for row in e.alive_at_peak) == e.peak_table_bytes
     sizes = [row.n_bytes for row in e.alive_at_peak]

@@ -74,7 +74,7 @@ def test_the_vectorised_search_equals_brute_force(grid, budget_gib):
 
 def test_size_counts_the_whole_grid():
     grid = Grid(shapes=(SMALL, LARGE), tokens_per_step=524288, dtypes=("bfloat16",), compiles=(True, False))
-    assert grid.size() == len(rank(grid, CARD, None, 0.01)) == 2 * 10 * (1 + 4) * 2 * 2 * 2
+    assert grid.size() == len(rank(grid, CARD, None, 0.01)) == 2 * 10 * (1 + 4) * 2 * 3 * 2
 
 
 def test_speed_ranks_within_one_quality_price():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vramplan.planner.shape import Shape
@@ -20,7 +22,8 @@ def test_defaults_are_legal() -> None:
 @pytest.mark.parametrize("checkpointing", CHOICES["checkpointing"])
 @pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
 def test_our_own_trainer_combines_everything(loss: str, checkpointing: str, optimizer: str) -> None:
-    assert fields(StepConfig(loss=loss, checkpointing=checkpointing, optimizer=optimizer)) == []
+    dtype: Any = "pure-bfloat16" if optimizer == "adamw-stochastic" else "bfloat16"
+    assert fields(StepConfig(loss=loss, checkpointing=checkpointing, optimizer=optimizer, dtype=dtype)) == []
 
 
 def test_dropout_is_known_for_the_scripts_on_a_gpu() -> None:

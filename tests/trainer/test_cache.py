@@ -59,12 +59,12 @@ def test_generation_goes_on_beyond_the_block() -> None:
 def test_sampling_needs_what_its_table_says(name: str, dtype: Any, batch_size: int, prompt: int) -> None:
     shape = replace(SHAPE, **VARIANTS[name])
     step = StepConfig(batch_size=batch_size, dtype=dtype, device="cpu")
-    phase = "prompt"
-    with TensorMeter(lambda: phase) as meter, torch.no_grad():
+    phase = ["prompt"]
+    with TensorMeter(lambda: phase[0]) as meter, torch.no_grad():
         model = GPT(shape, step)
         cache = KVCache(shape, batch_size, model.dtype, torch.device("cpu"))
         meter.restart()
-        for phase, tokens in (("prompt", prompt), ("next token", 1)):
+        for phase[0], tokens in (("prompt", prompt), ("next token", 1)):
             given = torch.randint(0, 500, (batch_size, tokens))
             logits = model.logits(given, cache)
             del given, logits
@@ -72,5 +72,5 @@ def test_sampling_needs_what_its_table_says(name: str, dtype: Any, batch_size: i
     for change in unroll(sampling_table(shape, step, prompt)):
         live += int(change.row.size) if change.alloc else -int(change.row.size)
         peaks[change.phase] = max(peaks.get(change.phase, 0), live)
-    for phase, peak in meter.timeline.phase_peaks.items():
-        assert peaks[phase] == pytest.approx(peak, rel=1e-4), phase
+    for name, peak in meter.timeline.phase_peaks.items():
+        assert peaks[name] == pytest.approx(peak, rel=1e-4), name

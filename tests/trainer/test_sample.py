@@ -80,9 +80,9 @@ def test_a_prompt_longer_than_a_block_is_cropped(run_dir, tokenizer, monkeypatch
     widths = []
     original = GPT.logits
 
-    def spy(self, tokens):
-        widths.append(tokens.shape[1])
-        return original(self, tokens)
+    def spy(self, tokens, cache=None):
+        widths.append((cache.length if cache else 0) + tokens.shape[1])
+        return original(self, tokens, cache)
 
     monkeypatch.setattr(GPT, "logits", spy)
     assert sample(run_dir, "one two three four five six seven eight nine ten", 3, tokenizer=tokenizer)
@@ -94,7 +94,7 @@ def scripted(monkeypatch, tokens: list[int]) -> None:
     """Make every model produce exactly these tokens, over and over."""
     seen = []
 
-    def logits(self, window):
+    def logits(self, window, cache=None):
         seen.append(1)
         out = torch.zeros(1, 50304)
         out[0, tokens[(len(seen) - 1) % len(tokens)]] = 100.0

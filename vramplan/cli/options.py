@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import rich_click as click
 
-from ..device import compile_support, cpu_has_bf16, host_memory, live_gpu
+from ..device import compile_support, cpu_has_bf16, host_memory, installed_version, live_gpu
 from ..errors import Collector, ConfigError, Problem
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
@@ -159,6 +160,20 @@ def card_options(default: str | None, max_risk: float | None = DEFAULT_MAX_RISK)
             help=f"Largest accepted OOM risk. {limit}",
         ),
     )
+
+
+torch_option = click.option(
+    "--torch", metavar="VERSION", help="PyTorch that will run it, such as 2.13. [default: the installed one]"
+)
+
+
+def torch_release(given: str | None) -> str:
+    """Major and minor version of what was given, or of the PyTorch that is installed; empty when there is none."""
+    text = given if given is not None else installed_version("torch") or ""
+    found = re.match(r"\d+\.\d+", text)
+    if found is None and text:
+        raise ConfigError(Problem("--torch", text, "is not a version", "such as 2.13"))
+    return found[0] if found else ""
 
 
 shape_options = options(

@@ -40,6 +40,8 @@ from .options import (
     refused,
     resolve_target,
     shape_options,
+    torch_option,
+    torch_release,
     with_measured,
 )
 
@@ -72,7 +74,7 @@ search_options = options(
     ),
     click.option(
         "--checkpointing", type=_choice("checkpointing", ("auto",)), default="auto", show_default=True,
-        help="Recompute each block's activations in the backward.",
+        help="Recompute activations in the backward: of whole blocks, or what is cheap.",
     ),
     click.option(
         "--optimizer", type=_choice("optimizer", ("auto",)), default="auto", show_default=True,
@@ -82,6 +84,7 @@ search_options = options(
         "--workload", type=_choice("workload"), default="vramplan", show_default=True,
         help="Whose memory: our trainer, nanoGPT's train.py, the usual autocast loop, or one all in one dtype.",
     ),
+    torch_option,
     click.option("--token-budget", type=Count(), help="Tokens to train on. [default: 20 per parameter]"),
     click.option("--top", type=click.IntRange(1, 50), default=5, show_default=True, help="Plans to show."),
 )  # fmt: skip
@@ -204,6 +207,7 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
         loss_chunks=LOSS_CHUNKS,
         device=target.device,
         workload=search["workload"],
+        torch=torch_release(search["torch"]),
     )
     problems = check(shapes[0], next(grid.modes(), None) or grid.first_mode())
     with (collect := Collector(problems)):
@@ -283,6 +287,7 @@ def config_of(best: Plan, plans: PlanSet, max_steps: int | None) -> Any:
 @click.option("--checkpointing", type=_choice("checkpointing"), help="Of activations. [default: none]")
 @click.option("--optimizer", type=_choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
 @click.option("--workload", type=_choice("workload"), help="Whose script. [default: vramplan]")
+@torch_option
 @click.option("--alloc-conf", metavar="TEXT", help="PYTORCH_ALLOC_CONF of the run (expandable_segments:True, ...).")
 @click.option("--overheads", type=FilePath(), help="TOML file with this card's own context_bytes, measured.")
 @click.option("--dropout", type=float, help="Of embeddings and branches, in the other workloads. [default: 0]")
@@ -371,6 +376,8 @@ def _configuration(
             "dropout",
         )
     }  # fmt: skip
+    if given["torch"] is not None or "torch" not in step_values:
+        step_values["torch"] = torch_release(given["torch"])
     step_values |= {field: given[name] for name, field in names.items() if given[name] is not None}
     workload: Workload = step_values.get("workload", "vramplan")
     if workload != "vramplan":

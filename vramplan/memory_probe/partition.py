@@ -105,7 +105,7 @@ def saved_tensors(shape: Shape, step: StepConfig, *, budget: float = 1.0) -> Cou
     return Counter(Saved(symbolic(v.numel(), shape, step), v.element_size(), _name(node)) for node, v in kept)
 
 
-class Cut(Exception):  # noqa: N818 - it ends a compilation as meant
+class Cut(BaseException):
     """Ends a compilation where forward and backward are parted: what the former returns, and keeps for the latter."""
 
     def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> None:
@@ -281,10 +281,8 @@ def _name(node: fx.Node) -> str:
 
 
 def _operator(node: fx.Node) -> str:
-    if node.target is operator.getitem:
-        source, index = node.args
-        assert isinstance(source, fx.Node)
-        return f"{_operator(source)}[{index}]"
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return f"{_operator(node.args[0])}[{node.args[1]}]"
     target = node.target
     return target._opname if isinstance(target, torch._ops.OpOverload) else str(target)
 

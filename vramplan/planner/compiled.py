@@ -19,9 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .autograd import Leaf, Memory, Node, Tensor
 from .eager import EagerStep
 from .shape import Ints
+from .state_rows import plain
+
+TRACED_TORCH = ((2, 11), (2, 13), (2, 15))
+"""Releases whose partition was traced (``partitions.json``). The table keeps what they keep, and they keep the same;
+releases between them are taken to do so too."""
 
 
 class CompiledStep(EagerStep):
@@ -114,6 +121,38 @@ class CompiledStep(EagerStep):
         return self.result(out, [x], lambda grad: [grad])
 
     # ---------------------------------------------------------------- loss
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's output where the loss is outside the graph.
+
+        A vocabulary that tensor cores do not like is padded on the way: copies of weight and logits, and back, of their
+        gradient for either product (inductor's pad_mm; whether it pads is decided by a timing, here taken for granted).
+        """
+        units = 8 if self.e == 2 else 4
+        if not self.cuda or np.all(np.asarray(self.V) % units == 0):
+            return super().logits(hidden)
+        rows = -(-self.V // units) * units
+        pads = np.asarray(self.V) % units != 0
+        weight, scores = (plain(np.where(pads, self.e * rows * n, 0)) for n in (self.h, self.N))
+        own = plain(np.where(pads, weight, self.e * self.V * self.h))
+        w = self.cast("head.weight", self.V * self.h, self.head)
+        padded = self.new("head.weight, padded", "temporaries", weight)
+        wide = self.new("logits, padded", "logits_and_loss", scores)
+        del padded
+        out = self.logits_rows("logits", self.e, self.N)
+        del wide
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            first = self.new("gradient of the logits, padded", "logits_and_loss", scores)
+            dw = self.new("gradient of the head", "gradients", own)
+            del first
+            second = self.new("gradient of the logits, padded", "logits_and_loss", scores)
+            padded = self.new("head.weight, padded", "temporaries", weight)
+            dx = self.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N)
+            del second, padded
+            return [dx, dw]
+
+        return self.result(out, [hidden, w], backward, [hidden.memory, w.memory])
 
     def _full_loss(self, hidden: Tensor) -> Tensor:
         if self.step.workload == "plain":  # its loss is a function outside the compiled model

@@ -16,17 +16,21 @@ from .allocator_settings import AllocatorSettings
 from .step import StepConfig
 from .tape import Change
 
+TUNING = -1
+"""Stands for the tuner's buffer among the blocks of a program."""
+
 MOST_STEPS = 5
 """By then the configurations that were tried had stopped growing."""
 
 
 def replay_first_steps(
-    changes: Sequence[Change], step: StepConfig, settings: AllocatorSettings | None = None
+    changes: Sequence[Change], step: StepConfig, settings: AllocatorSettings | None = None, first_step_bytes: int = 0
 ) -> CachingAllocator:
     """Play weights, evaluation and the first optimizer steps; read the peaks off the result. Raises CapExceededError.
 
     ``changes`` is one unrolled step (:func:`~vramplan.planner.memory.tensor_table`). With accumulation that is a later
-    micro-step; in the first one what would join a gradient becomes it.
+    micro-step; in the first one what would join a gradient becomes it. ``first_step_bytes`` are taken for a moment
+    where a compiled graph of the first micro-step holds most: its kernels are tuned when they first run.
     """
     allocator = CachingAllocator(settings)
     living: dict[int, Block] = {}
@@ -40,9 +44,12 @@ def replay_first_steps(
     if lazily and step.grad_accum > 1:
         stay = {c.block for c in own if c.joins}
         micro_steps.insert(0, program_of(c for c in own if not c.joins))
+    if first_step_bytes:
+        first = _tuned(own if micro_steps[0] is micro_steps[-1] else [c for c in own if not c.joins], first_step_bytes)
+        micro_steps = [first, *micro_steps[1:]]
     # small requests have segments of their own, in which a later step finds its places again
     small = {c.block for c in own if c.alloc and c.row.size <= SMALL_LIMIT} - stay
-    later = [[entry for entry in program if entry[1] not in small] for program in micro_steps]
+    later = [[entry for entry in program if entry[1] not in small | {TUNING}] for program in micro_steps]
     for program in (weights, *(() if lazily else (states, gradients)), evaluation):
         allocator.play(program, living)
     persistent = dict(living)
@@ -63,9 +70,26 @@ def replay_first_steps(
             allocator.release(handle)
         if allocator.peak_reserved_bytes == before and number > lazily:
             break
+        if number == 0 and first_step_bytes:
+            micro_steps = [[entry for entry in program if entry[1] != TUNING] for program in micro_steps]
         if number >= lazily:  # the states are there: everything has been alive at once
             micro_steps = later
     return allocator
+
+
+def _tuned(own: Sequence[Change], n_bytes: int) -> Program:
+    """A micro-step with the tuner's buffer beside the most that is alive while the graph runs.
+
+    A loss outside the graph is no part of it; the logits, its output, are.
+    """
+    outside = any(c.row.name == "log-probabilities" for c in own)
+    live, top, at = 0, -1, 0
+    for i, c in enumerate(own):
+        live += c.row.size if c.alloc else -c.row.size
+        inside = not outside or c.phase not in ("loss forward", "loss backward") or c.row.name.startswith("logits")
+        if inside and live > top:
+            top, at = live, i
+    return [*program_of(own[: at + 1]), (n_bytes, TUNING), (0, TUNING), *program_of(own[at + 1 :])]
 
 
 def _persistent(changes: Iterable[Change]) -> tuple[Program, Program, Program]:

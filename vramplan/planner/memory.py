@@ -11,11 +11,11 @@ from functools import cached_property
 
 from ..units import MIB
 from .allocator_settings import AllocatorSettings
-from .compiled import CompiledStep
+from .compiled import TRACED_TORCH, CompiledStep
 from .eager import EagerStep
 from .first_steps import replay_first_steps
 from .gpu import Gpu
-from .overheads import cublas_workspace_bytes, cuda_context_bytes
+from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes, release
 from .shape import MAX_FUSED_HEAD_DIM, Ints, Shape
 from .step import DeviceKind, StepConfig
 from .tape import CATEGORIES, Change, Tape, peak, unroll
@@ -25,6 +25,9 @@ DEFAULT_CAPABILITY = (8, 9)
 
 CPU_PROCESS_BYTES = 300 * MIB
 """Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
+
+DEFAULT_SMS = 46
+"""As many as an RTX 4070 has."""
 
 
 def workspace_bytes(gpu: Gpu | None, torch_version: str | None = None) -> int:
@@ -43,13 +46,22 @@ def context_bytes(gpu: Gpu | None, device: DeviceKind = "cuda") -> int:
     return cuda_context_bytes(gpu.capability, gpu.sms) if gpu.context_bytes is None else gpu.context_bytes
 
 
+def first_step_bytes(step: StepConfig, gpu: Gpu | None) -> int:
+    """What a compiled run takes for a moment in its first step, while kernels are tuned."""
+    if not step.compile or step.device == "cpu":
+        return 0
+    capability, sms = (gpu.capability, gpu.sms) if gpu else (DEFAULT_CAPABILITY, DEFAULT_SMS)
+    return autotune_buffer_bytes(capability, sms, step.torch or None)
+
+
 def tensor_table(shape: Shape, step: StepConfig, gpu: Gpu | None = None, *, evaluation: bool = True) -> Tape:
     """The table of one optimizer step, and of the evaluation before it.
 
     Sizes may be arrays; ``grad_accum`` must then be 1 everywhere or nowhere.
     """
     table = CompiledStep if step.compile else EagerStep
-    return table(shape, step, workspace_bytes(gpu) if step.device == "cuda" else 0).write(evaluation=evaluation)
+    workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
+    return table(shape, step, workspace).write(evaluation=evaluation)
 
 
 def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
@@ -67,6 +79,11 @@ def state_bytes(shape: Shape, step: StepConfig) -> Ints:
     return peak(table.tape)
 
 
+def is_traced(torch_version: str) -> bool:
+    """Whether the compiled table is known to hold for this release; empty is the newest that it was read from."""
+    return not torch_version or TRACED_TORCH[0] <= release(torch_version) <= TRACED_TORCH[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorBytes:
     """One line of a breakdown: all living tensors of one name together."""
@@ -81,7 +98,8 @@ class Estimate:
     """Everything known about one configuration's memory. Sizes in bytes.
 
     ``peak_table_bytes`` are the table's tensors at their peak, each rounded to 512 B on CUDA. ``peak_allocated_bytes``
-    is what torch.cuda.max_memory_allocated would say: there a block that was not worth splitting counts as a whole.
+    is what torch.cuda.max_memory_allocated would say: there a block that was not worth splitting counts as a whole, and
+    ``first_step_bytes`` of it are what tuning compiled kernels took beside the first step's peak.
     """
 
     shape: Shape
@@ -92,6 +110,7 @@ class Estimate:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     context_bytes: int
+    first_step_bytes: int = 0
 
     @property
     def process_bytes(self) -> int:
@@ -112,8 +131,9 @@ class Estimate:
         if self.step.compile and self.step.half and self.shape.head_dim % 8:
             why = f"how a compiled graph pads heads of {self.shape.head_dim}, no multiple of 8, was not traced"
             return (f"Outside the model: {why}; eager rows are used.",)
-        if self.step.compile and self.step.workload == "plain":
-            why = "the one measured row of a compiled script with its loss outside needed 4.7 % more"
+        if self.step.compile and not is_traced(self.step.torch):
+            first, last = (".".join(map(str, version)) for version in (TRACED_TORCH[0], TRACED_TORCH[-1]))
+            why = f"what torch {self.step.torch} keeps when it compiles was not traced, only {first} to {last}"
             return (f"Outside the model: {why}.",)
         return ()
 
@@ -139,7 +159,8 @@ class Estimate:
         parts: dict[str, int] = dict.fromkeys((str(c) for c in CATEGORIES), 0)
         for row in self.alive_at_peak:
             parts[row.category] += row.n_bytes
-        parts["rounding"] = self.peak_allocated_bytes - self.peak_table_bytes
+        parts["rounding"] = self.peak_allocated_bytes - self.peak_table_bytes - self.first_step_bytes
+        parts["first step"] = self.first_step_bytes
         parts["fragmentation"] = self.peak_reserved_bytes - self.peak_allocated_bytes
         parts["context"] = self.context_bytes
         return parts
@@ -190,7 +211,8 @@ def estimate(
             live -= int(row.size)
     allocated = reserved = top
     if step.device == "cuda":
-        replayed = replay_first_steps(changes, step, settings)
+        replayed = replay_first_steps(changes, step, settings, first_step_bytes(step, gpu))
         allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
     context = context_bytes(gpu, step.device)
-    return Estimate(shape, step, tuple(changes), index, top, allocated, reserved, context)
+    tuning = min(first_step_bytes(step, gpu), allocated - top)
+    return Estimate(shape, step, tuple(changes), index, top, allocated, reserved, context, tuning)

@@ -20,7 +20,7 @@ from .gpu import Gpu
 Version = tuple[int, int]
 
 EVIDENCE = ("source code", "measured", "reported", "upper estimate")
-KINDS = ("cublas_workspace", "cuda_context", "triton_modules", "pinned_host", "nccl_communicator")
+KINDS = ("cublas_workspace", "autotune_buffer", "cuda_context", "triton_modules", "pinned_host", "nccl_communicator")
 
 LARGEST_OVERHEAD_BYTES = 1 << 40
 """More than any card has."""
@@ -90,6 +90,15 @@ def find_overhead(kind: str, capability: tuple[int, int] | None = None, torch_ve
 def cublas_workspace_bytes(capability: tuple[int, int], torch_version: str | None = None) -> int:
     """Bytes of one cuBLAS workspace; a training process has two."""
     return int(find_overhead("cublas_workspace", capability, torch_version).figures["bytes"])
+
+
+def autotune_buffer_bytes(capability: tuple[int, int], sms: int = 0, torch_version: str | None = None) -> int:
+    """Bytes that a compiled run takes for a moment in its first step; without SMs, the most of that family."""
+    entry = find_overhead("autotune_buffer", capability, torch_version).figures
+    if "bytes" in entry:
+        return int(entry["bytes"])
+    most = entry["at_most_mib"]
+    return int((min(most, entry["per_sm_mib"] * sms) if sms else most) * MIB)
 
 
 def cuda_context_bytes(capability: tuple[int, int], sms: int = 0) -> int:

@@ -31,11 +31,11 @@ from .step import CHECKPOINTING_WORDS, CHOICES, StepConfig, check, tokens_per_st
 
 SCHEMA = 1
 SHAPE_FIELDS = tuple(Shape.__dataclass_fields__)
-LATER_FIELDS = frozenset({"norm", "positions", "mlp", "n_kv_head", "qk_norm", "logit_softcap"})
+LATER_FIELDS = frozenset({"norm", "positions", "mlp", "n_kv_head", "qk_norm", "logit_softcap", "torch"})
 """Absent from plan files that were written before there was a choice."""
 STEP_FIELDS = (
     "batch_size", "grad_accum", "dtype", "compile", "loss", "loss_chunk_tokens", "checkpointing", "optimizer",
-    "workload", "device",
+    "workload", "device", "torch",
 )  # fmt: skip
 
 
@@ -306,7 +306,7 @@ _TOP: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "target_parameters": ((int, type(None)), lambda v: v is None or v > 0, "must be positive"),
 }
 _FIELD_TYPES = (
-    {"bias": bool, "tied": bool, "compile": bool, "qk_norm": bool, "logit_softcap": float}
+    {"bias": bool, "tied": bool, "compile": bool, "qk_norm": bool, "logit_softcap": float, "torch": str}
     | dict.fromkeys(CHOICES, str)
     | dict.fromkeys(SHAPE_CHOICES, str)
 )
@@ -373,7 +373,7 @@ def restore(entry: dict[str, Any]) -> tuple[Shape, StepConfig]:
     """Shape and step of one entry of ``plans``."""
     config = entry["config"]
     return Shape(**{n: config[n] for n in SHAPE_FIELDS if n in config}), StepConfig(
-        **{n: config[n] for n in STEP_FIELDS}
+        **{n: config[n] for n in STEP_FIELDS if n in config}
     )
 
 

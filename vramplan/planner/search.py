@@ -50,6 +50,7 @@ class Grid:
     device: DeviceKind = "cuda"
     workload: Workload = "vramplan"
     dropout: float = 0.0
+    torch: str = ""
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -78,7 +79,7 @@ class Grid:
         ):
             mode = StepConfig(
                 dtype=dtype, compile=compiled, loss=loss, checkpointing=checkpointing, optimizer=optimizer,
-                device=self.device, workload=self.workload, dropout=self.dropout,
+                device=self.device, workload=self.workload, dropout=self.dropout, torch=self.torch,
             )  # fmt: skip
             if not any(conflict.applies(mode) for conflict in CONFLICTS):
                 yield mode
@@ -88,6 +89,7 @@ class Grid:
         return StepConfig(
             dtype=self.dtypes[0], compile=self.compiles[0], loss=self.losses[0], checkpointing=self.checkpointings[0],
             optimizer=self.optimizers[0], device=self.device, workload=self.workload, dropout=self.dropout,
+            torch=self.torch,
         )  # fmt: skip
 
     def size(self) -> int:
@@ -201,7 +203,7 @@ def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float)
     """All candidates whose allocated bytes leave the risk within ``max_risk``, best first (all when no budget).
 
     Order: quality price, then tokens/s, then less memory. Where no card says how fast it is, on a CPU or with only a
-    size given: quality price, fewest FLOPs, half precision, compiled, micro-batches up to BUSY_TOKENS, less memory.
+    size given: quality price, fewest FLOPs, half precision, compiled, nothing recomputed, micro-batches up to BUSY_TOKENS, less memory.
     """
     context = context_bytes(gpu, grid.device)
     modes: list[StepConfig] = []
@@ -226,8 +228,11 @@ def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float)
     table = np.concatenate(columns, axis=1)
     keys = [np.concatenate(qualities), -table[6]]
     if gpu is None:
-        slower = np.array([(not mode.half, not mode.compile) for mode in modes])[table[1].astype(int)]
-        keys += [*slower.T, -np.minimum(table[2] * grid.shapes[0].block_size, BUSY_TOKENS)]
+        slower = [(not mode.half, not mode.compile, mode.checkpointing != "none") for mode in modes]
+        keys += [
+            *np.array(slower)[table[1].astype(int)].T,
+            -np.minimum(table[2] * grid.shapes[0].block_size, BUSY_TOKENS),
+        ]
     order = np.lexsort((table[5], *reversed(keys)))
     return Ranking(grid.shapes, tuple(modes), table[:, order], gpu is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -38,7 +39,8 @@ class StepConfig:
     common hand-written loop (``cross_entropy(logits.float())`` under autocast, logits kept by the caller); ``plain``
     the loop that has everything in one dtype, weights and optimizer states included, and computes the loss in a
     function of its own (``cross_entropy(logits)``, logits dropped when it returns). ``dropout`` of embeddings and
-    branches is known for the scripts; attention's own costs nothing.
+    branches is known for the scripts; attention's own costs nothing. ``torch`` is the release that will run it, such as
+    "2.13"; empty for the newest that the tables know.
     """
 
     batch_size: Ints = 1
@@ -52,6 +54,7 @@ class StepConfig:
     workload: Workload = "vramplan"
     device: DeviceKind = "cuda"
     dropout: float = 0.0
+    torch: str = ""
 
     @property
     def half(self) -> bool:
@@ -151,6 +154,8 @@ def check_step(step: StepConfig) -> list[Problem]:
         problems.append(Problem("dropout", step.dropout, rule, "use 0, or device=cuda"))
     if step.workload == "plain" and step.dtype == "float16":
         problems.append(Problem("dtype", "float16", "as the weights' own dtype does not train", "use bfloat16"))
+    if step.torch and not re.match(r"\d+\.\d+", step.torch):
+        problems.append(Problem("torch", step.torch, "is not a version", "such as 2.13"))
     problems += [Problem(c.field, getattr(step, c.field), c.rule, c.remedy) for c in CONFLICTS if c.applies(step)]
     script = SCRIPTS.get(step.workload)
     if script is not None:

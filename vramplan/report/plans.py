@@ -27,6 +27,7 @@ BREAKDOWN = (
     ("activations", ("activations", "inputs")),
     ("logits and loss", ("logits_and_loss",)),
     ("temporaries", ("temporaries",)),
+    ("tuning kernels", ("first step",)),
     ("allocator slack", ("rounding", "fragmentation")),
 )
 
