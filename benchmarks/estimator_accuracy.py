@@ -33,7 +33,7 @@ from vramplan.planner.step import StepConfig
 from vramplan.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
-STEP_FIELDS = ("batch_size", "grad_accum", "dtype", "compile", "loss", "optimizer", "workload", "dropout")
+STEP_FIELDS = ("batch_size", "grad_accum", "dtype", "compile", "loss", "optimizer", "workload", "dropout", "torch")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measured_rows() -> Iterator[Row]:
             peak, reserved = row.get("peak_mib"), row.get("reserved_gib")
             if peak is None and reserved is None:
                 continue
-            shape = Shape(**{name: row[name] for name in SHAPE_FIELDS})
+            shape = Shape(**{name: row[name] for name in SHAPE_FIELDS if name in row})
             step = StepConfig(**{name: row[name] for name in STEP_FIELDS if name in row})
             kind, size = ("allocated", peak * MIB) if peak is not None else ("reserved", reserved * GIB)
             yield Row(row["name"], shape, step, row["gpu"], kind, int(size))

@@ -48,7 +48,7 @@ def test_every_command_has_help():
 def test_plan_shows_arithmetic_breakdown_and_what_lost():
     text = run("plan", "--gpu", "4070", "--params", "125M").stdout
     for words in (
-        "12L/12H/768E", "= 524,288 tokens per step", "0.75 GiB assumed for the desktop", "AdamW state",
+        "12L/12H/768E", "= 524,288 tokens per step", "0.75 GiB assumed for the desktop", "optimizer state",
         "logits and loss", "context and workspaces", "free", "needs at least", "OOM risk", "stated margin", "tokens/s",
         "MFU", "Runners-up", "Other shapes",
     ):  # fmt: skip

@@ -33,7 +33,7 @@ grids = st.builds(
     compiles=subset([True, False]),
     losses=subset(["full", "chunked"]),
     loss_chunks=subset([512, 2048]),
-    checkpointings=subset(["none", "block"]),
+    checkpointings=subset(["none", "selective", "block"]),
     optimizers=subset(["adamw-fused", "adamw8bit", "adamw-foreach"]),
 )
 

@@ -203,7 +203,8 @@ def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float)
     """All candidates whose allocated bytes leave the risk within ``max_risk``, best first (all when no budget).
 
     Order: quality price, then tokens/s, then less memory. Where no card says how fast it is, on a CPU or with only a
-    size given: quality price, fewest FLOPs, half precision, compiled, nothing recomputed, micro-batches up to BUSY_TOKENS, less memory.
+    size given: quality price, fewest FLOPs, half precision, compiled, nothing recomputed, micro-batches up to
+    BUSY_TOKENS, less memory.
     """
     context = context_bytes(gpu, grid.device)
     modes: list[StepConfig] = []
@@ -228,11 +229,9 @@ def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float)
     table = np.concatenate(columns, axis=1)
     keys = [np.concatenate(qualities), -table[6]]
     if gpu is None:
-        slower = [(not mode.half, not mode.compile, mode.checkpointing != "none") for mode in modes]
-        keys += [
-            *np.array(slower)[table[1].astype(int)].T,
-            -np.minimum(table[2] * grid.shapes[0].block_size, BUSY_TOKENS),
-        ]
+        slower = np.array([(not mode.half, not mode.compile, mode.checkpointing != "none") for mode in modes])
+        tokens = np.minimum(table[2] * grid.shapes[0].block_size, BUSY_TOKENS)
+        keys += [*slower[table[1].astype(int)].T, -tokens]
     order = np.lexsort((table[5], *reversed(keys)))
     return Ranking(grid.shapes, tuple(modes), table[:, order], gpu is not None)
 

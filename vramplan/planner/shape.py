@@ -335,12 +335,12 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
     found: dict[tuple[int, int, int], Shape] = {}
     for p in PUBLISHED:
         shape = replace(like, n_layer=p.n_layer, n_head=p.n_head, n_embd=p.n_embd)
-        if low <= shape.parameters <= high and p.n_head % max(1, like.n_kv_head) == 0:
+        if low <= shape.parameters <= high and _groups(p.n_head, like.n_kv_head):
             found[(p.n_layer, p.n_head, p.n_embd)] = shape
     for n_embd in range(64, 8193, 64):
         for head_dim in (64, 128):
             n_head = n_embd // head_dim
-            if n_embd % head_dim or n_head % max(1, like.n_kv_head):
+            if n_embd % head_dim or not _groups(n_head, like.n_kv_head):
                 continue
             one = replace(like, n_layer=1, n_head=n_head, n_embd=n_embd)
             per_layer = one.block_parameters
@@ -356,6 +356,11 @@ def candidates_near(target: int, tolerance: float, like: Shape) -> list[Shape]:
         return (unusual, math.floor(distance / TIE), published_name(s) is None, distance, s.head_dim != 64)
 
     return sorted(found.values(), key=key)
+
+
+def _groups(n_head: int, n_kv_head: int) -> bool:
+    """Whether so many keys can be shared by so many queries; without a wish every number of heads will do."""
+    return n_kv_head == 0 or (n_head > n_kv_head and n_head % n_kv_head == 0)
 
 
 def settle_shapes(

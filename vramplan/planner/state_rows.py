@@ -6,6 +6,7 @@ dtype, w = bytes of a weight (and its gradient and moments), r = bytes of the re
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class StateRows(Graph):
         elif self.step.optimizer == "muon":
             self._newton_schulz()
         elif self.step.optimizer == "adamw-stochastic":
-            largest = max((elements for _, elements, _ in self._parameters()), key=lambda n: int(np.max(n)))
+            largest = reduce(np.maximum, (elements for _, elements, _ in self._parameters()))
             piece = 4 * np.minimum(largest, STOCHASTIC_SLICE)
             names = ("gradient", "first moment", "second moment", "rounding")
             taken = [self.new(f"a slice's {name}, float32", "temporaries", plain(piece)) for name in names[:3]]

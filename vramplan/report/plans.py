@@ -23,7 +23,7 @@ BREAKDOWN = (
     # what a person reads, and the categories of the table behind it
     ("weights", ("weights",)),
     ("gradients", ("gradients",)),
-    ("AdamW state", ("optimizer",)),
+    ("optimizer state", ("optimizer",)),
     ("activations", ("activations", "inputs")),
     ("logits and loss", ("logits_and_loss",)),
     ("temporaries", ("temporaries",)),
