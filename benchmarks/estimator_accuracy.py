@@ -27,7 +27,7 @@ from typing import Any
 
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import Estimate, estimate
-from vramplan.planner.plan import SHAPE_FIELDS
+from vramplan.planner.plan_file import SHAPE_FIELDS
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.units import GIB, MIB

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from vramplan.cli import COMMANDS, main
 from vramplan.device import GpuProcess, LiveGpu
-from vramplan.planner.shape import Shape, candidates_near, conventional
+from vramplan.planner.candidates import candidates_near, conventional
+from vramplan.planner.shape import Shape
 from vramplan.runconfig import RunConfig
 
 RTX3060_GPT = [

@@ -423,3 +423,33 @@ def test_another_scripts_workload_cannot_be_trained(config, corpus, tmp_path):
     text = config.read_text().replace('workload = "vramplan"', 'workload = "nanogpt"').replace("chunked", "full")
     (tmp_path / "nano.toml").write_text(text)
     assert "nanogpt" in run("train", tmp_path / "nano.toml", "--data", corpus, "--out", tmp_path / "r", code=2).stderr
+
+
+MODERN = 'norm = "rmsnorm"\npositions = "rotary"\nmlp = "swiglu"\nn_kv_head = 1\nqk_norm = true\nlogit_softcap = 15.0\n'
+
+
+@pytest.mark.parametrize(
+    ("model", "step"),
+    [
+        (MODERN, 'optimizer = "muon"\ncheckpointing = "selective"\n'),
+        ("", 'dtype = "pure-bfloat16"\noptimizer = "adamw-stochastic"\n'),
+        ("bias = true\n", 'optimizer = "adamw-in-backward"\n'),
+    ],
+    ids=["modern, muon, selective", "pure bfloat16", "in backward"],
+)
+def test_every_kind_of_run_resumes_exactly_and_samples(corpus, tmp_path, model, step):
+    once = 'device = "cpu"\nbatch_size = 4\n' + ("" if "in-backward" in step else "grad_accum = 2\n")
+    dtype = "" if "dtype" in step else 'dtype = "float32"\n'
+    clip = "grad_clip = 0.0\n" if "in-backward" in step else ""
+    config, out, again = tmp_path / "run.toml", tmp_path / "run", tmp_path / "again"
+    config.write_text(
+        f"[model]\nn_layer = 2\nn_head = 2\nn_embd = 32\nblock_size = 16\n{model}\n[step]\n{once}{dtype}{step}\n"
+        f"[train]\nmax_steps = 8\nlog_interval = 1\neval_interval = 4\ncheckpoint_interval = 4\n{clip}"
+    )
+    run("train", config, "--data", corpus, "--out", out)
+    shutil.copytree(out, again)
+    (again / "checkpoints/step-000008.pt").unlink()
+    assert "Resumed at step 4" in run("train", "--resume", again).stdout
+    assert losses(again) == losses(out)
+    assert run("sample", again, "--prompt", "the cat", "--max-new-tokens", "5").stdout.startswith("the cat")
+    assert json.loads(run("report", again, "--json").stdout)["measured"]["steps"] == 8

@@ -6,22 +6,15 @@ from dataclasses import replace
 import pytest
 
 from vramplan.errors import ConfigError, DoesNotFitError
+from vramplan.planner.candidates import candidates_near
 from vramplan.planner.gpu import Budget, budget, find_gpu, load_gpus
 from vramplan.planner.levers import largest_batch, levers
 from vramplan.planner.memory import estimate
-from vramplan.planner.plan import (
-    SHAPE_FIELDS,
-    STEP_FIELDS,
-    compare,
-    make_plan,
-    price_illegal,
-    price_plan,
-    read_plans,
-    restore,
-)
+from vramplan.planner.plan import compare, make_plan, price_illegal, price_plan
+from vramplan.planner.plan_file import SHAPE_FIELDS, STEP_FIELDS, read_plans, restore
 from vramplan.planner.risk import needed_bytes, oom_risk
 from vramplan.planner.search import Grid
-from vramplan.planner.shape import Shape, candidates_near
+from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.units import GIB
 

@@ -10,17 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.planner.shape import (
-    PUBLISHED,
-    Shape,
-    awkward,
-    candidates_near,
-    check_shape,
-    conventional,
-    describe_alternatives,
-    legal_neighbours,
-    published_name,
-)
+from vramplan.planner.candidates import PUBLISHED, candidates_near, conventional, published_name
+from vramplan.planner.shape import Shape, awkward, check_shape, describe_alternatives, legal_neighbours
 
 LIKE = Shape(n_layer=1, n_head=1, n_embd=64)
 INDIVISIBLE = Shape(n_layer=12, n_head=12, n_embd=512)

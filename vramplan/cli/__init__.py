@@ -18,7 +18,7 @@ from ..errors import VramplanError
 COMMANDS = {  # and the module each lives in
     "plan": "planning",
     "apply": "planning",
-    "estimate": "planning",
+    "estimate": "estimating",
     "gpus": "planning",
     "train": "training",
     "sample": "training",

@@ -19,7 +19,7 @@ from ..planner.memory import context_bytes
 from ..planner.overheads import load_overheads
 from ..planner.risk import CERTAINTY, LARGEST_RISK
 from ..planner.shape import PADDED_GPT2_VOCAB, SHAPE_CHOICES
-from ..planner.step import DeviceKind, DType
+from ..planner.step import CHOICES, DeviceKind, DType
 from ..units import gib, parse_bytes, parse_count
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -160,6 +160,11 @@ def card_options(default: str | None, max_risk: float | None = DEFAULT_MAX_RISK)
             help=f"Largest accepted OOM risk. {limit}",
         ),
     )
+
+
+def choice(name: str, extra: tuple[str, ...] = ()) -> click.Choice[str]:
+    """One of the values of a setting of a step, or of ``extra``."""
+    return click.Choice([*extra, *CHOICES[name]])
 
 
 torch_option = click.option(

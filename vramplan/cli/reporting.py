@@ -9,7 +9,8 @@ from typing import Any
 import rich_click as click
 
 from ..errors import ConfigError, Problem
-from ..planner.plan import plan_gpu, read_plans
+from ..planner.plan import plan_gpu
+from ..planner.plan_file import read_plans
 from ..runconfig import RunConfig
 from .options import DEFAULT_MAX_RISK, FilePath, card_options, refused, resolve_target
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from .autograd import Memory, Node, Tensor
 from .loss_rows import LossRows
 from .shape import Ints
+from .state_rows import plain
 from .tape import Tape
 
 Operation = Callable[[Tensor], Tensor]
+
+LIKE_ALL_FURTHER = 3
+"""Layers of an evaluation that are listed: where nothing is kept, the next ones take and return the same blocks."""
 
 
 class EagerStep(LossRows):
@@ -34,13 +40,15 @@ class EagerStep(LossRows):
             with self.unrecorded():
                 self._evaluation()
         self.kept_gradients = []
-        self._micro_step()
+        batch = self._micro_step()
         t.phase = "optimizer step"
         self._optimizer()
+        del batch
         t.close()
         return t
 
-    def _micro_step(self) -> None:
+    def _micro_step(self) -> Memory:
+        """Forward and backward; the batch, which is still there during the update."""
         t = self.tape
         t.phase = "forward"
         if self.autocast:  # the loop's name still holds the previous micro-step's while the next forward runs
@@ -72,8 +80,7 @@ class EagerStep(LossRows):
         t.phase = "embedding backward"
         self.run(outside)
         self._returned()
-        t.phase = "optimizer step"
-        del batch
+        return batch
 
     def _backward(self, loss: Tensor, nodes: list[Node]) -> None:
         self.begin_backward(loss, ())
@@ -234,7 +241,7 @@ class EagerStep(LossRows):
         self.wte = self.leaf()
         self.head = self.wte if self.shape.tied else self.leaf()
         stream = [self._embedding()]
-        with self.tape.repeat(self.shape.n_layer):
+        with self.tape.repeat(plain(np.minimum(self.shape.n_layer, LIKE_ALL_FURTHER))):
             held = None if self.early else stream[0]
             stream.append(self.block(stream.pop()))
             del held

@@ -49,7 +49,8 @@ def replay_first_steps(
         micro_steps = [first, *micro_steps[1:]]
     # small requests have segments of their own, in which a later step finds its places again
     small = {c.block for c in own if c.alloc and c.row.size <= SMALL_LIMIT} - stay
-    later = [[entry for entry in program if entry[1] not in small | {TUNING}] for program in micro_steps]
+    small.add(TUNING)
+    later = [[entry for entry in program if entry[1] not in small] for program in micro_steps]
     for program in (weights, *(() if lazily else (states, gradients)), evaluation):
         allocator.play(program, living)
     persistent = dict(living)

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -174,23 +174,30 @@ def unroll(tape: Tape) -> list[Change]:
     changes: list[Change] = []
     living: list[list[int]] = [[] for _ in tape.rows]
     fresh = itertools.count()
-    append = changes.append
+    append, new = changes.append, tuple.__new__
 
-    def walk(events: list[Event | Repeat]) -> None:
-        for event in events:
-            if isinstance(event, Repeat):
-                for _ in range(int(event.count)):
-                    walk(event.events)
+    def prepared(events: list[Event | Repeat]) -> list[Any]:
+        """What one repetition needs of each event, looked up once."""
+        return [
+            (prepared(e.events), int(e.count), 0, None, "", False)
+            if isinstance(e, Repeat)
+            else (living[e.row.index], e.kind, e.row.times, e.row, e.phase, e.joins)
+            for e in events
+        ]
+
+    def walk(entries: list[Any]) -> None:
+        for stack, kind, times, row, phase, joins in entries:
+            if row is None:
+                for _ in range(kind):
+                    walk(stack)
                 continue
-            kind, row, phase, joins = event.kind, event.row, event.phase, event.joins
-            stack = living[row.index]
-            for _ in range(row.times):
+            for _ in range(times):
                 if kind > 0:
                     block = next(fresh)
                     stack.append(block)
                 else:
                     block = stack.pop() if kind == -1 else stack.pop(0)
-                append(Change(kind > 0, row, block, phase, joins))
+                append(new(Change, (kind > 0, row, block, phase, joins)))
 
-    walk(tape.events)
+    walk(prepared(tape.events))
     return changes

@@ -6,7 +6,8 @@ from typing import Any
 
 from .. import __version__
 from ..errors import ConfigError, Problem
-from ..planner.plan import PlanSet, nanogpt_plan, restore
+from ..planner.plan import PlanSet, nanogpt_plan
+from ..planner.plan_file import restore
 from ..planner.shape import PADDED_GPT2_VOCAB, Shape
 from ..planner.step import StepConfig, tokens_per_step
 from ..runconfig import RunConfig, TrainSection, suggested_training

@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import command
+from ..planner.candidates import published_name
 from ..planner.gpu import Budget
 from ..planner.memory import Estimate
 from ..planner.plan import Plan, PlanSet
 from ..planner.repair import Repair
-from ..planner.shape import published_name
 from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
 from ..units import count, duration, gib, gib_needed
 from .console import console
