@@ -42,6 +42,9 @@ SIZES = {
     "77M": Shape(n_layer=12, n_head=12, n_embd=576),
     "124M": Shape(n_layer=12, n_head=12, n_embd=768),
     "124M bias untied": Shape(n_layer=12, n_head=12, n_embd=768, bias=True, tied=False),
+    "127M modern": Shape(
+        n_layer=14, n_head=12, n_embd=768, norm="rmsnorm", positions="rotary", mlp="swiglu", n_kv_head=4, qk_norm=True
+    ),
     "355M": Shape(n_layer=24, n_head=16, n_embd=1024),
     "774M": Shape(n_layer=36, n_head=20, n_embd=1280),
     "30M wide vocabulary": Shape(n_layer=6, n_head=6, n_embd=384),
@@ -74,6 +77,7 @@ def grid(dry: bool) -> Iterator[Point]:
     eager = [
         ("124M", {}), ("124M", {"loss": "full"}), ("124M", {"dtype": "float32"}), ("124M", {"checkpointing": "block"}),
         ("124M", {"grad_accum": 4}), ("124M", {"loss": "full", "workload": "nanogpt"}),
+        ("127M modern", {}), ("124M", {"checkpointing": "selective"}),
         ("124M", {"loss": "full", "workload": "autocast", "optimizer": "adamw-foreach"}),
         ("124M", {"loss": "full", "workload": "plain", "dropout": 0.1}), ("355M", {"grad_accum": 2}),
         ("124M bias untied", {"grad_accum": 2, "loss": "full"}), ("77M", {"loss": "full", "batch_size": 16}),
@@ -87,14 +91,18 @@ def grid(dry: bool) -> Iterator[Point]:
         ("355M", {"loss": "full", "workload": "nanogpt", "batch_size": 4}),
         ("30M wide vocabulary", {"batch_size": 32, "checkpointing": "block"}),
         ("124M", {"batch_size": 1}), ("124M", {"batch_size": 2, "grad_accum": 2}), ("124M", {"batch_size": 32}),
+        ("355M", {"optimizer": "muon", "checkpointing": "block"}),
+        ("127M modern", {"dtype": "float32", "loss": "full"}),
+        ("124M", {"dtype": "pure-bfloat16", "optimizer": "adamw-stochastic"}), ("355M", {"optimizer": "adamw-offload"}),
+        ("355M", {"optimizer": "adamw-in-backward"}), ("127M modern", {"checkpointing": "selective", "grad_accum": 2}),
     ]  # fmt: skip
     compiled = [
         ("124M", {}), ("124M", {"loss": "full"}), ("124M", {"loss": "full", "workload": "nanogpt"}),
         ("124M", {"grad_accum": 4, "loss": "full"}), ("124M", {"checkpointing": "block"}),
         ("77M", {"loss": "full", "workload": "nanogpt", "batch_size": 16}), ("124M", {"dtype": "float32"}),
         ("355M", {"grad_accum": 2}), ("124M bias untied", {"loss": "full"}),
-        ("124M", {"loss": "full", "workload": "plain", "dropout": 0.1}),
-        ("124M", {"dtype": "float32", "loss": "full", "batch_size": 4}), ("355M", {"checkpointing": "block"}),
+        ("124M", {"loss": "full", "workload": "plain", "dropout": 0.1}), ("127M modern", {}),
+        ("124M", {"dtype": "float32", "loss": "full", "batch_size": 4}),
     ]  # fmt: skip
     for size, settings in eager:
         yield _point(size, replace(base, **settings), dry)
@@ -108,8 +116,11 @@ def grid(dry: bool) -> Iterator[Point]:
 def _point(size: str, step: StepConfig, dry: bool) -> Point:
     if not dry:
         return Point(SIZES[size], step)
-    shape = replace(SIZES[size], n_layer=2, n_head=2, n_embd=32, vocab_size=128, block_size=32)
+    keys = min(1, SIZES[size].n_kv_head)
+    shape = replace(SIZES[size], n_layer=2, n_head=2, n_embd=32, vocab_size=128, block_size=32, n_kv_head=keys)
     step = replace(step, batch_size=2, device="cpu", dtype="float32", loss_chunk_tokens=32, dropout=0.0, compile=False)
+    if check_step(step):
+        step = replace(step, optimizer="adamw-fused")
     return Point(shape, step)
 
 

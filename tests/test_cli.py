@@ -505,3 +505,79 @@ def test_a_live_card_outside_the_catalogue_is_planned_for_memory(monkeypatch):
     assert answer["plans"][0]["tokens_per_second"] is None
     assert answer["plans"][0]["needs_bytes"] <= 11 * 2**30
     assert "not in the catalogue" in run("plan", "--params", "125M", "--no-compile").stdout
+
+
+# ------------------------------------------------------------------- layouts, optimizers, releases of torch
+
+MODERN = ("--norm", "rmsnorm", "--positions", "rotary", "--mlp", "swiglu", "--n-kv-head", "4", "--qk-norm",
+          "--logit-softcap", "30")  # fmt: skip
+
+
+def test_a_modern_layout_is_planned_applied_and_estimated(tmp_path):
+    plans, config = tmp_path / "plan.json", tmp_path / "run.toml"
+    text = run("plan", "--gpu", "4070", "--params", "125M", *MODERN, "-o", plans).stdout
+    for words in ("RMSNorm, rotary positions, SwiGLU, 4 key heads, QK-norm, logits capped at 30", "GiB"):
+        assert words in " ".join(text.split())
+    run("apply", plans, "-o", config)
+    shape = RunConfig.load(config).shape
+    assert (shape.norm, shape.positions, shape.mlp, shape.n_kv_head) == ("rmsnorm", "rotary", "swiglu", 4)
+    assert (shape.qk_norm, shape.logit_softcap) == (True, 30.0)
+    assert shape.n_head % 4 == 0
+    best = json.loads(plans.read_text())["plans"][0]["estimate"]["process_bytes"]
+    assert run_json("estimate", config)["process_bytes"] == best
+    assert "has no RMSNorm" in run("apply", plans, "--format", "nanogpt", code=2).stderr
+
+
+def test_the_options_of_a_file_are_overridden_by_flags(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('[model]\nn_layer = 4\nn_head = 4\nn_embd = 256\nmlp = "relu2"\n[step]\nbatch_size = 8\n')
+    relu = run_json("estimate", config)["parameters"]
+    assert run_json("estimate", config, "--mlp", "gelu")["parameters"] == relu
+    assert run_json("estimate", config, "--positions", "rotary")["parameters"] == relu - 1024 * 256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--n-kv-head", "5", "--n-layer", "12", "--n-head", "12", "--n-embd", "768"), "use one of 1, 2, 3, 4, 6, 12"),
+        (("--workload", "nanogpt", "--norm", "rmsnorm"), "RMSNorm"),
+        (("--logit-softcap", "-1"), "logit_softcap=-1.0 must be at least 0"),
+        (
+            ("--n-layer", "2", "--n-head", "5", "--n-embd", "255", "--positions", "rotary"),
+            "rotary positions turn pairs",
+        ),
+        (("--optimizer", "adamw-stochastic"), "use dtype=pure-bfloat16"),
+        (("--optimizer", "adamw-in-backward", "--compile", "on"), "returns all gradients at once"),
+        (("--torch", "nightly"), "is not a version"),
+    ],
+)
+def test_options_that_cannot_be_met_are_one_clear_error(words, message):
+    target = () if "--n-embd" in words else ("--params", "125M")
+    assert message in " ".join(run("plan", "--gpu", "4070", *target, *words, code=2).stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizer"),
+    [
+        (("--dtype", "pure-bfloat16"), "adamw-stochastic"),
+        (("--optimizer", "muon"), "muon"),
+        (("--dtype", "tf32"), "adamw-fused"),
+        (("--optimizer", "adamw-in-backward", "--tokens-per-step", "8192"), "adamw-in-backward"),
+    ],
+)
+def test_other_optimizers_and_dtypes_are_planned_when_asked_for(words, optimizer, tmp_path):
+    plans, config = tmp_path / "plan.json", tmp_path / "run.toml"
+    best = run_json("plan", "--gpu", "4070", "--params", "125M", *words, "-o", plans)["plans"][0]
+    assert best["config"]["optimizer"] == optimizer
+    run("apply", plans, "-o", config)
+    assert (RunConfig.load(config).train.grad_clip == 0) == (optimizer == "adamw-in-backward")
+
+
+def test_a_plan_names_the_torch_it_is_for_and_one_that_was_not_traced_costs_certainty():
+    shape = ("--n-layer", "12", "--n-head", "12", "--n-embd", "768", "--batch-size", "16", "--compile")
+    known, unknown = (run_json("estimate", "--gpu", "4070", *shape, "--torch", v) for v in ("2.13", "2.40"))
+    assert not known["caveats"]
+    assert "torch 2.40" in unknown["caveats"][0]
+    assert unknown["needs_bytes"] > 1.1 * known["needs_bytes"]
+    plan = run_json("plan", "--gpu", "4070", "--params", "125M", "--torch", "2.11")["plans"][0]
+    assert plan["config"]["torch"] == "2.11"
