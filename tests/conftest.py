@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch is imported, and for the processes that tests start: such small tensors gain nothing from more threads,
+# and two of them wait for each other when the machine is busy (three times the time for the trainer's tests)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 
