@@ -356,6 +356,7 @@ def test_one_step_is_not_enough() -> None:
 COMPILED = [
     pytest.param({"grad_accum": 2, "loss": "full"}, id="full loss, accumulating"),
     pytest.param({"loss": "chunked", "loss_chunk_tokens": 256}, id="chunked loss"),
+    pytest.param({"loss": "full", "checkpointing": "selective"}, id="selective checkpointing"),
 ]
 needs_a_compiler = pytest.mark.skipif(
     shutil.which("gcc") is None and shutil.which("clang") is None, reason="inductor needs a C++ compiler"

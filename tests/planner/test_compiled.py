@@ -87,6 +87,12 @@ def test_a_release_that_was_not_traced_is_said_to_be_outside_with_a_wider_risk(v
     assert not estimate(GPT2, replace(step, torch=version, compile=False), card).caveats
 
 
+def test_a_compiled_gated_mlp_is_said_to_be_outside() -> None:
+    gated = replace(GPT2, mlp="swiglu")
+    assert "gated MLP" in estimate(gated, StepConfig(compile=True)).caveats[0]
+    assert not estimate(gated, StepConfig()).caveats
+
+
 # ------------------------------------------------------------------- the first step
 
 

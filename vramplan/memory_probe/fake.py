@@ -64,7 +64,7 @@ def cuda_operators(step: StepConfig) -> Iterator[None]:
         return
     statistics = _CudaStatistics()  # type: ignore[no-untyped-call]
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(F, "scaled_dot_product_attention", fused_attention),
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(F, "rms_norm", _rms_norm),
         mock.patch.object(pointwise, "has_fused_norm", _always),
@@ -104,7 +104,7 @@ class _FusedNorm(torch.autograd.Function):
         return dx, None if weight is None else torch.empty_like(weight)
 
 
-def _fused_attention(
+def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_p: float = 0.0, enable_gqa: bool = False
 ) -> Tensor:
     """FlashAttention in half precision, else memory-efficient attention: what CUDA dispatches to.

@@ -28,7 +28,7 @@ from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..trainer import model as trainer_model
 from ..trainer.model import DTYPES, GPT
-from .fake import _fused_attention
+from .fake import fused_attention
 from .scripts import ScriptGPT, default_dtype
 
 with warnings.catch_warnings():  # of torch's own modules
@@ -193,7 +193,7 @@ def _forward(shape: Shape, step: StepConfig, batch: Tensor) -> tuple[Callable[..
 def _cuda_calls(step: StepConfig) -> Iterator[None]:
     """Within the block the model calls what it would on CUDA, under autocast where the script has it."""
     calls: dict[str, Callable[..., Any]] = {
-        "scaled_dot_product_attention": _fused_attention,
+        "scaled_dot_product_attention": fused_attention,
         "dropout": _dropout,
         "rms_norm": _rms_norm,
     }

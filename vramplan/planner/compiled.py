@@ -166,13 +166,13 @@ class CompiledStep(EagerStep):
             self.leave_forward()
         statistics = [self.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2)]
         statistics.append(scalars := self.new("loss scalars", "logits_and_loss", 4, times=3))
-        overwritten = () if self.script or self.cuda else logits
+        overwritten = () if self.script or self.cuda or self.shape.logit_softcap else logits
         donated = [] if self.script else [logits]
 
         def backward(_: Memory) -> Sequence[Memory]:
             dlogits = overwritten or self.logits_rows("gradient of the logits", self.e, self.N)
             statistics.clear()
-            if self.step.checkpointing == "block":
+            if self.step.checkpointing != "none":
                 self.late = dlogits
             dw = self.new("gradient of the head", "gradients", self.e * self.V * self.h)
             return [self.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N), dw]

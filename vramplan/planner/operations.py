@@ -106,71 +106,66 @@ class Operations(StateRows):
 
         ``elements`` per token are divided among ``rows`` per micro-batch (one per token unless given).
         """
-        size, wide = self.e * elements * self.N, 4 * elements * self.N
-        rows = self.N if rows is None else rows
+        size, rows = self.e * elements * self.N, self.N if rows is None else rows
         w = self.cast(f"{name}.weight", elements) if weighted else Tensor()
-        strided = self.cuda and not weighted
-
-        def contiguous() -> Memory:  # of a view into qkv (ATen layer_norm_kernel.cu, expect_contiguous)
-            return self.new(f"{name} input, contiguous (kernel)", "temporaries", size) if strided else ()
-
-        def full(what: str, n_bytes: Ints = wide) -> Memory:
-            return self.new(f"{name} {what}", "temporaries", n_bytes)
-
-        if self.cuda:
-            copied = contiguous()
-            out = self.new(f"{name} output", "activations", size) if weighted else self.parted(f"{name} output", size)
-            scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
-            del copied
-        else:
-            out, scale = self._rms_norm_by_hand(name, size, wide, rows, weighted)
+        if not self.cuda:
+            return self._rms_norm_by_hand(name, x, w, elements, rows)
+        copied = self._made_dense(name, size, weighted)
+        out = self.new(f"{name} output", "activations", size) if weighted else self.parted(f"{name} output", size)
+        scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
+        del copied
 
         def backward(_: Memory) -> Sequence[Memory]:
-            if self.cuda:
-                copied = contiguous()
-                dx = self.new(f"{name} input gradient", "temporaries", size)
-                dw = self.new(f"{name}.weight gradient", "gradients", self.e * elements) if weighted else ()
-                del copied
-                return [dx, dw]
-            widened = full("input, float32") if self.e == 2 else ()
-            normed = full("normalised")
-            del widened
-            widened = full("gradient, float32") if self.e == 2 else ()
-            along = full("gradient along the input")
-            del widened
-            dw = ()
-            if weighted:
-                summed = self.new(f"{name}.weight gradient, summed", "gradients", 4 * elements)
-                dw = self.new(f"{name}.weight gradient", "gradients", 2 * elements) if self.e == 2 else summed
-                del summed
-            mean = full("gradient along the input, mean", 4 * rows)
-            del mean
-            widened = full("gradient, float32") if self.e == 2 and weighted else ()
-            dx = full("input gradient")
-            del widened
-            if self.e == 2:
-                dx = full("input gradient, half", size)
-            del normed, along
+            copied = self._made_dense(name, size, weighted)
+            dx = self.new(f"{name} input gradient", "temporaries", size)
+            dw = self.new(f"{name}.weight gradient", "gradients", self.e * elements) if weighted else ()
+            del copied
             return [dx, dw]
 
         return self.result(out, [x, w], backward, [x.memory, w.memory, scale])
 
-    def _rms_norm_by_hand(self, name: str, size: Ints, wide: Ints, rows: Ints, weighted: bool) -> tuple[Memory, Memory]:
-        """Where there is no fused kernel: ``trainer.pointwise``."""
-        widened = self.new(f"{name} input, float32", "temporaries", wide) if self.e == 2 else ()
-        squares = self.new(f"{name} squares", "temporaries", wide)
+    def _made_dense(self, name: str, size: Ints, weighted: bool) -> Memory:
+        """A copy of queries or keys, views into the projection, for the kernel (ATen layer_norm_kernel.cu)."""
+        return () if weighted else self.new(f"{name} input, contiguous (kernel)", "temporaries", size)
+
+    def _rms_norm_by_hand(self, name: str, x: Tensor, w: Tensor, elements: Ints, rows: Ints) -> Tensor:
+        """Where there is no fused kernel: ``trainer.pointwise``, in float32."""
+        size, half, weighted = self.e * elements * self.N, self.e == 2, w.source is not None or bool(w.memory)
+
+        def full(what: str, present: bool = True) -> Memory:
+            return self.new(f"{name} {what}", "temporaries", 4 * elements * self.N) if present else ()
+
+        widened, squares = full("input, float32", half), full("squares")
         scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
         del squares
-        out = self.new(f"{name} normalised" if weighted or self.e == 2 else f"{name} output", "activations", wide)
-        if weighted:
-            out, unweighted = self.new(f"{name} output", "activations", wide), out
-        else:
-            unweighted = ()
-        if self.e == 2:
-            half = self.new(f"{name} output, half", "activations", size)
-            out = half
-        del widened, unweighted
-        return out, scale
+        normed = full("normalised", weighted or half)
+        out = normed if half and not weighted else self.new(f"{name} output", "activations", 4 * elements * self.N)
+        if half:
+            out = self.new(f"{name} output, half", "activations", size)
+        del widened, normed
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            widened = full("input, float32", half)
+            normed = full("normalised")
+            del widened
+            widened = full("gradient, float32", half)
+            along = full("gradient along the input")
+            del widened
+            dw: Memory = ()
+            if weighted:
+                dw = self.new(f"{name}.weight gradient, summed", "gradients", 4 * elements)
+                dw = self.new(f"{name}.weight gradient", "gradients", 2 * elements) if half else dw
+            mean = self.new(f"{name} gradient along the input, mean", "temporaries", 4 * rows)
+            del mean
+            widened = full("gradient, float32", half and weighted)
+            dx = full("input gradient")
+            del widened
+            if half:
+                dx = self.new(f"{name} input gradient, half", "temporaries", size)
+            del normed, along
+            return [dx, dw]
+
+        return self.result(out, [x, w], backward, [x.memory, w.memory, scale])
 
     def half(self, name: str, x: Tensor) -> Tensor:
         """The copy of a float32 norm's output that autocast makes for the next product."""

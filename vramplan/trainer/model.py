@@ -43,8 +43,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of ``x``."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, *self.cast(x.dtype))
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the product takes them."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.weight.to(dtype), bias
 
 
 class LayerNorm(nn.Module):
@@ -149,17 +153,20 @@ class Block(nn.Module):
         return x + self._project(self.mlp.activation, self.mlp.proj, self._project(self.ln_2, self.mlp.fc, x))
 
     def _project(self, before: Callable[[Tensor], Tensor], linear: Linear, x: Tensor) -> Tensor:
-        """``linear(before(x))``. Selective: only ``x`` is kept; ``before`` is run again, the product is not."""
-        if self.selective and torch.is_grad_enabled():
-            return _recomputed(lambda x: linear(before(x)), x)
-        out: Tensor = linear(before(x))
-        return out
+        """``linear(before(x))``. Selective: only ``x`` is kept; ``before`` is run again, the product is not.
+
+        The compiler would repeat a product that lies between two recomputed parts; so there it is outside of them.
+        """
+        if not (self.selective and torch.is_grad_enabled()):
+            return linear(before(x))  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return F.linear(*_recomputed(lambda x: (before(x), *linear.cast(x.dtype)), x))
+        return _recomputed(lambda x: linear(before(x)), x)  # type: ignore[no-any-return]
 
 
-def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` of which the arguments are kept; the backward calls it again, up to what it needs."""
-    out: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class GPT(nn.Module):
