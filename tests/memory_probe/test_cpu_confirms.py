@@ -364,10 +364,17 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("settings", COMPILED)
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        *(pytest.param({}, *p.values, id=p.id) for p in COMPILED),
+        pytest.param({"logit_softcap": 15.0}, {"loss": "full"}, id="capped logits"),
+        pytest.param({"positions": "rotary", "qk_norm": True, "n_kv_head": 2}, {"loss": "full"}, id="modern heads"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-def test_a_compiled_step_needs_what_the_compiled_table_says(settings: dict[str, Any]) -> None:
-    shape = Shape(n_layer=3, n_head=4, n_embd=128, vocab_size=2048, block_size=128)
+def test_a_compiled_step_needs_what_the_compiled_table_says(options: dict[str, Any], settings: dict[str, Any]) -> None:
+    shape = replace(Shape(n_layer=3, n_head=4, n_embd=128, vocab_size=2048, block_size=128), **options)
     step = replace(STEP, batch_size=8, compile=True, **settings)
     torch._dynamo.reset()
     assert estimate(shape, step).peak_allocated_bytes == pytest.approx(allocator_peak(shape, step), rel=0.02)

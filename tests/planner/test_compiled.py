@@ -93,6 +93,22 @@ def test_a_compiled_gated_mlp_is_said_to_be_outside() -> None:
     assert not estimate(gated, StepConfig()).caveats
 
 
+@pytest.mark.parametrize(
+    ("card", "shape", "step", "words"),
+    [
+        ("4070", {"n_embd": 504}, {"dtype": "float32"}, "no float32 heads of 42"),
+        ("4070", {"n_embd": 516, "n_head": 12}, {"dtype": "tf32"}, "no float32 heads of 43"),
+        ("t4", {"n_kv_head": 4}, {"dtype": "float16"}, "before Ampere"),
+        ("t4", {"n_embd": 720}, {"dtype": "float16"}, "before Ampere"),
+    ],
+)
+def test_where_no_fused_attention_applies_it_is_said(card: str, shape: Any, step: Any, words: str) -> None:
+    outside = estimate(replace(GPT2, **shape), StepConfig(batch_size=8, **step), find_gpu(card))
+    assert words in outside.caveats[0]
+    other = estimate(replace(GPT2, **shape), StepConfig(batch_size=8), find_gpu("4070"))
+    assert not other.caveats, "half precision on Ada pads, and groups"
+
+
 # ------------------------------------------------------------------- the first step
 
 

@@ -164,9 +164,12 @@ class CompiledStep(EagerStep):
             self.model_logits = logits
         if self.loss_outside:
             self.leave_forward()
+        if self.shape.logit_softcap:  # read twice, so inductor writes them out (seen in its code for a CPU)
+            capped = self.logits_rows("capped logits, float32", 4, self.N)
+            del capped
         statistics = [self.new("maximum and log-sum of the logits", "logits_and_loss", 4 * self.N, times=2)]
         statistics.append(scalars := self.new("loss scalars", "logits_and_loss", 4, times=3))
-        overwritten = () if self.script or self.cuda or self.shape.logit_softcap else logits
+        overwritten = () if self.script or self.cuda else logits
         donated = [] if self.script else [logits]
 
         def backward(_: Memory) -> Sequence[Memory]:

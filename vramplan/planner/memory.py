@@ -111,6 +111,7 @@ class Estimate:
     peak_reserved_bytes: int
     context_bytes: int
     first_step_bytes: int = 0
+    capability: tuple[int, int] = DEFAULT_CAPABILITY
 
     @property
     def process_bytes(self) -> int:
@@ -125,22 +126,38 @@ class Estimate:
     @property
     def caveats(self) -> tuple[str, ...]:
         """Why this configuration lies outside what the tensor table knows; empty when it does not."""
-        if self.shape.head_dim > MAX_FUSED_HEAD_DIM:
-            why = f"head_dim {self.shape.head_dim} is beyond the {MAX_FUSED_HEAD_DIM} that fused attention handles"
-            return (f"Outside the model: {why}; the scores it would then hold are not counted.",)
-        if self.step.compile and self.step.half and self.shape.head_dim % 8:
-            why = f"how a compiled graph pads heads of {self.shape.head_dim}, no multiple of 8, was not traced"
-            return (f"Outside the model: {why}; eager rows are used.",)
-        if self.step.compile and self.shape.mlp == "swiglu":
-            why = (
-                "compiled, a gated MLP needed up to 6 % more on a CPU than its rows say; which temporary it is, is open"
+        why = self._attention_outside() or self._compiled_outside()
+        return (f"Outside the model: {why}.",) if why else ()
+
+    def _attention_outside(self) -> str:
+        """Kernels that do not take such heads (ATen transformers/cuda/sdp_utils.cpp): scores would be held instead."""
+        width, half = self.shape.head_dim, self.step.half
+        if width > MAX_FUSED_HEAD_DIM:
+            rule = f"head_dim {width} is beyond the {MAX_FUSED_HEAD_DIM} that fused attention handles"
+            return f"{rule}; the scores it would then hold are not counted"
+        if self.step.device == "cpu":
+            return ""
+        if not half and width % 4:
+            return (
+                f"fused attention takes no float32 heads of {width}, no multiple of 4; the scores that are then held "
+                "are not counted"
             )
-            return (f"Outside the model: {why}.",)
-        if self.step.compile and not is_traced(self.step.torch):
+        if half and self.capability < (8, 0) and (self.shape.grouped or width % 8):
+            return "what attention keeps of grouped or padded heads where there is no FlashAttention (before Ampere)"
+        return ""
+
+    def _compiled_outside(self) -> str:
+        step, shape = self.step, self.shape
+        if not step.compile:
+            return ""
+        if step.half and shape.head_dim % 8:
+            return f"how a compiled graph pads heads of {shape.head_dim} was not traced; eager rows are used"
+        if shape.mlp == "swiglu":
+            return "a compiled gated MLP needed up to 6 % more on a CPU than its rows say, and why is open"
+        if not is_traced(step.torch):
             first, last = (".".join(map(str, version)) for version in (TRACED_TORCH[0], TRACED_TORCH[-1]))
-            why = f"what torch {self.step.torch} keeps when it compiles was not traced, only {first} to {last}"
-            return (f"Outside the model: {why}.",)
-        return ()
+            return f"what torch {step.torch} keeps when it compiles was not traced, only {first} to {last}"
+        return ""
 
     @cached_property
     def alive_at_peak(self) -> tuple[TensorBytes, ...]:
@@ -220,4 +237,15 @@ def estimate(
         allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
     context = context_bytes(gpu, step.device)
     tuning = min(first_step_bytes(step, gpu), allocated - top)
-    return Estimate(shape, step, tuple(changes), index, top, allocated, reserved, context, tuning)
+    return Estimate(
+        shape,
+        step,
+        tuple(changes),
+        index,
+        top,
+        allocated,
+        reserved,
+        context,
+        tuning,
+        gpu.capability if gpu else DEFAULT_CAPABILITY,
+    )

@@ -264,6 +264,8 @@ def _nothing_fits(grid: Grid, ranked: Ranking, gpu: Gpu | None, budget_bytes: in
                 size = f"{other.label} ({published.name}, {count(other.parameters)} parameters)"
                 lines.append(f"The largest published shape that fits is {size}.")
                 break
+    if grid.optimizers == ("adamw-in-backward",):
+        lines.append("adamw-in-backward cannot accumulate: fewer --tokens-per-step make its only micro-batch smaller.")
     return "\n".join(lines)
 
 

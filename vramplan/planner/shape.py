@@ -149,7 +149,7 @@ class Shape:
             ("rotary positions", self.positions == "rotary"),
             ("SwiGLU", self.mlp == "swiglu"),
             ("squared ReLU", self.mlp == "relu2"),
-            (f"{self.n_kv_head} key heads", self.grouped),
+            (f"{self.n_kv_head} key head" + "s" * (self.n_kv_head != 1), self.grouped),
             ("QK-norm", self.qk_norm),
             (f"logits capped at {self.logit_softcap:g}", self.logit_softcap > 0),
         ]

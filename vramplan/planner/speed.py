@@ -153,7 +153,7 @@ OPTIMIZER_BYTES = {
     "adamw-in-backward": 28,
     "adamw-stochastic": 150,  # as foreach, each value widened before and rounded with noise after
     "muon": 90,  # as foreach for the momentum; its products are counted apart
-    "adamw-offload": 28,  # on the host; the way there is counted apart
+    "adamw-offload": 0,  # on the host, which is counted apart like the way there
 }
 
 HOST_LINK_BYTES_PER_SECOND = 20e9

@@ -98,11 +98,12 @@ CONFLICTS = (
     ),
     Conflict(
         "compile", lambda s: _in_backward(s) and s.compile,
-        "returns all gradients at once: updates in the backward would save nothing", "use compile=false",
+        "returns all gradients at once, so that adamw-in-backward would save nothing",
+        "use compile=false, or another optimizer",
     ),
     Conflict(
         "optimizer", lambda s: s.dtype == "pure-bfloat16" and s.optimizer != "adamw-stochastic",
-        "would lose small updates of bfloat16 weights", "use adamw-stochastic",
+        "would lose small updates of weights in pure-bfloat16", "use adamw-stochastic",
     ),
     Conflict(
         "optimizer", lambda s: s.dtype != "pure-bfloat16" and s.optimizer == "adamw-stochastic",

@@ -119,8 +119,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def kernel_groups(q: Tensor) -> bool:
-    """Whether the fused kernel takes fewer keys than queries: all but CUDA's for float32 do."""
-    return q.dtype != torch.float32 or not q.is_cuda
+    """Whether the fused kernel takes fewer keys than queries. On CUDA only FlashAttention does: half precision, and
+    Ampere or later; any other way would hold the scores."""
+    if not q.is_cuda:
+        return True
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu, "relu2": squared_relu}
