@@ -357,6 +357,8 @@ COMPILED = [
     pytest.param({"grad_accum": 2, "loss": "full"}, id="full loss, accumulating"),
     pytest.param({"loss": "chunked", "loss_chunk_tokens": 256}, id="chunked loss"),
     pytest.param({"loss": "full", "checkpointing": "selective"}, id="selective checkpointing"),
+    pytest.param({"loss": "full", "checkpointing": "block"}, id="checkpointing"),
+    pytest.param({"loss": "full"}, id="full loss"),
 ]
 needs_a_compiler = pytest.mark.skipif(
     shutil.which("gcc") is None and shutil.which("clang") is None, reason="inductor needs a C++ compiler"
@@ -370,6 +372,7 @@ needs_a_compiler = pytest.mark.skipif(
         *(pytest.param({}, *p.values, id=p.id) for p in COMPILED),
         pytest.param({"logit_softcap": 15.0}, {"loss": "full"}, id="capped logits"),
         pytest.param({"positions": "rotary", "qk_norm": True, "n_kv_head": 2}, {"loss": "full"}, id="modern heads"),
+        pytest.param({"mlp": "swiglu"}, {"loss": "full"}, id="gated MLP"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # inductor's own

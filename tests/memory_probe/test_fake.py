@@ -130,7 +130,7 @@ def test_the_peak_of_every_phase(shape: Shape, step: StepConfig) -> None:
     assert (peak, phase) == (pytest.approx(real.peak_bytes, rel=TOLERANCE), real.peak_phase)
     net = peak - real.persistent_bytes
     assert net == pytest.approx(real.peak_bytes - real.persistent_bytes, rel=TOLERANCE)
-    assert set(real.phase_peaks) == set(phases) - {"persistent"}
+    assert set(real.phase_peaks) == set(phases) - {"persistent", "checkpoint save"}  # which looks at values
     for name, bytes_ in real.phase_peaks.items():
         assert phases[name] == pytest.approx(bytes_, rel=TOLERANCE), name
 
@@ -140,7 +140,11 @@ def test_tensor_by_tensor(shape: Shape, step: StepConfig) -> None:
     """Each phase creates as many tensors of each size as the table says: none is missing, none is too many."""
     if step.loss == "chunked" and step.batch_size * shape.block_size % step.loss_chunk_tokens:
         step = replace(step, loss_chunk_tokens=step.batch_size * shape.block_size // 2)
-    rows = [c for c in estimated(shape, step).changes if c.alloc and c.phase not in ("persistent", "optimizer step")]
+    rows = [
+        c
+        for c in estimated(shape, step).changes
+        if c.alloc and c.phase not in ("persistent", "checkpoint save", "optimizer step")
+    ]
     table = Counter(
         (c.phase, int(c.row.size)) for c in rows if c.row.category != "inputs" and "(kernel)" not in c.row.name
     )

@@ -244,7 +244,7 @@ def test_rows_for_what_attention_kernels_allocate_themselves() -> None:
     [
         ("loss backward", GPT2, replace(OURS, loss="full")),
         ("loss forward", GPT2, OURS),
-        ("block backward", replace(GPT2, vocab_size=512), OURS),
+        ("block backward", replace(GPT2, vocab_size=512), replace(OURS, checkpointing="block")),
         ("embedding backward", replace(GPT2, block_size=16), replace(OURS, batch_size=1, checkpointing="block")),
         ("optimizer step", replace(GPT2, block_size=16), replace(OURS, batch_size=1, optimizer="adamw-foreach")),
     ],

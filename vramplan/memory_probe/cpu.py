@@ -7,6 +7,7 @@ tensor table uses, so a measured peak can be compared with the estimated one in 
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..errors import ConfigError, Problem
 from ..planner.shape import Shape
 from ..planner.step import StepConfig, check
 from ..runconfig import RunConfig
+from ..trainer.checkpoint import all_finite, plain_state_dict
 from ..trainer.model import GPT
 from ..trainer.optimizer import build_optimizer
 from ..trainer.step import MicroBatches, TrainStep
@@ -108,7 +110,7 @@ class Phase:
 def measure_cpu_step(
     config: RunConfig | tuple[Shape, StepConfig], *, steps: int = 3, grad_clip: float = 1.0
 ) -> StepMeasurement:
-    """Build the model, run ``steps`` optimizer steps on random tokens, evaluate, and report from the last step on.
+    """Build the model, run ``steps`` optimizer steps on random tokens, evaluate, save; report from the last step on.
 
     At least two, so that the reported one begins as all later ones do. Needs as much host memory as the step itself,
     and half precision is slow: use small vocabularies.
@@ -129,6 +131,10 @@ def measure_cpu_step(
         gc.collect()
         phase.stay("evaluation")
         train.evaluate(random_batches(shape, step))
+        phase.stay("checkpoint save")
+        all_finite(train.model)
+        with tempfile.TemporaryFile() as file:
+            torch.save([plain_state_dict(train.model), train.optimizer.state_dict()], file)
     return measurement(meter, persistent)
 
 

@@ -8,7 +8,9 @@ of the matrices, and the logits once. GELU's input and output are both kept. Dif
 * the loss keeps only the logits; their gradient is a buffer of its own beside them. Our trainer does not return the
   logits, so inductor may overwrite them (AOTAutograd's donated buffers): it does on a CPU; on CUDA no card has
   confirmed it, and the table keeps both;
-* under checkpointing the head's product is scheduled last, so the gradient of the logits lives through the blocks;
+* a tied head's gradient is added to the embedding's at the end, out of place. In float32 the head's product is joined
+  with that sum, so the gradient of the logits and the hidden state live through the blocks; in half precision the
+  product comes first (read in inductor's code for a CPU, torch 2.13);
 * all parameter gradients are outputs of one backward graph, so with accumulation a whole second set exists at its end;
 * with the chunked loss only the transformer is compiled as a graph (a graph over the slices would keep every slice's
   head gradient), and the slice's arithmetic is one fused kernel without a float32 copy of its logits;
@@ -36,7 +38,9 @@ class CompiledStep(EagerStep):
 
     early = True
     late: Memory = ()
-    """The gradient of the logits, where it lives through the blocks."""
+    """What the head's product needs, where it comes last."""
+    sums_embedding = False
+    """Whether the graph adds the head's share to the embedding's gradient."""
     block_outputs: Sequence[Memory] = ()
 
     def leaf(self) -> Tensor:
@@ -52,8 +56,6 @@ class CompiledStep(EagerStep):
         outside, self.kept_gradients = self.kept_gradients, []
         super().in_blocks(blocks)
         self.block_outputs, self.kept_gradients = self.kept_gradients, outside
-        self.tape.phase = "embedding backward"
-        self.late = ()
 
     def _returned(self) -> None:
         """With accumulation each gradient is added to ``.grad`` once the graph has returned, and gone."""
@@ -82,6 +84,18 @@ class CompiledStep(EagerStep):
         copy = self.new(f"{name} copy", "weights", self.e * elements) if copied else ()
         return self.result(copy, [parameter], backward)
 
+    def linear_gradients(self, name: str, n_out: Ints, n_in: Ints, kept: list[Memory]) -> Sequence[Memory]:
+        """The weight's first; then the input goes before its gradient is made. Not where the input is recomputed: that
+        happens as late as it can, and its gradient needs no recomputation."""
+        if self.step.checkpointing != "none":
+            return super().linear_gradients(name, n_out, n_in, kept)
+        dw = self.new(f"{name}.weight gradient", "gradients", self.e * n_out * n_in)
+        db = self.new(f"{name}.bias gradient", "gradients", self.e * n_out) if self.shape.bias else ()
+        del kept[0]
+        return [self.new(f"{name} input gradient", "temporaries", self.e * n_in * self.N), dw, db][
+            : 2 + self.shape.bias
+        ]
+
     def half(self, name: str, x: Tensor) -> Tensor:
         """Norms write what the next product takes."""
         return x
@@ -101,13 +115,32 @@ class CompiledStep(EagerStep):
         return self.result(out, [x, *(self.leaf() for _ in parts)], backward, [x.memory, *saved])
 
     def activation(self, x: Tensor) -> Tensor:
-        """GELU's gradient is written over the one it was given."""
-        if self.shape.mlp == "swiglu":
+        """GELU's gradient is written over the one it was given; the gate's is twice as wide, and needs its own."""
+        s = self.shape
+        if s.mlp == "swiglu" and self.step.checkpointing != "none":
             return super().activation(x)
-        out = self.new(f"{self.shape.mlp} output", "activations", self.e * self.shape.mlp_width * self.N)
-        return self.result(out, [x], lambda grad: [grad], [x.memory])
+        out = self.new(f"{s.mlp} output", "activations", self.e * s.mlp_width * self.N)
+
+        def backward(grad: Memory) -> Sequence[Memory]:
+            wide = self.e * s.fc_width * self.N
+            return [self.new("swiglu input gradient", "temporaries", wide) if s.mlp == "swiglu" else grad]
+
+        return self.result(out, [x], backward, [x.memory])
 
     # ---------------------------------------------------------------- embedding
+
+    def _looked_up(self, name: str) -> Tensor:
+        size = self.w * self.V * self.h
+
+        def backward(_: Memory) -> Sequence[Memory]:
+            scattered = self.new("wte gradient, of the tokens", "gradients", size) if self.sums_embedding else ()
+            whole = self.new("wte gradient", "gradients", size)
+            self.late = ()
+            del scattered
+            return [whole]
+
+        out = self.new(name, "activations", self.w * self.h * self.N)
+        return self.result(out, [self.wte], backward)
 
     def _with_positions(self, x: Tensor, name: str) -> Tensor:
         def backward(grad: Memory) -> Sequence[Memory]:
@@ -171,13 +204,17 @@ class CompiledStep(EagerStep):
         statistics.append(scalars := self.new("loss scalars", "logits_and_loss", 4, times=3))
         overwritten = () if self.script or self.cuda else logits
         donated = [] if self.script else [logits]
+        kept, last = hidden.memory, self.shape.tied and not self.casts
+        self.sums_embedding = self.shape.tied
 
         def backward(_: Memory) -> Sequence[Memory]:
             dlogits = overwritten or self.logits_rows("gradient of the logits", self.e, self.N)
             statistics.clear()
-            if self.step.checkpointing != "none":
-                self.late = dlogits
-            dw = self.new("gradient of the head", "gradients", self.e * self.V * self.h)
+            dw: Memory = ()
+            if last:
+                self.late = dlogits + kept
+            else:
+                dw = self.new("gradient of the head", "gradients", self.e * self.V * self.h)
             return [self.new("gradient of the hidden state", "temporaries", self.e * self.h * self.N), dw]
 
         saved = [hidden.memory, w.memory, *donated]

@@ -39,6 +39,8 @@ class EagerStep(LossRows):
             t.phase = "evaluation"
             with self.unrecorded():
                 self._evaluation()
+            t.phase = "checkpoint save"
+            self._save()
         self.kept_gradients = []
         batch = self._micro_step()
         t.phase = "optimizer step"
@@ -230,7 +232,20 @@ class EagerStep(LossRows):
     def _nothing(*_: Memory) -> Sequence[Memory]:
         return []
 
-    # ---------------------------------------------------------------- evaluation
+    # ---------------------------------------------------------------- besides training
+
+    def _save(self) -> None:
+        """Whether every weight is a number is asked of its sum; then tensors go to the host one by one.
+
+        Resuming takes nothing on the card that the run does not keep: it is read into host memory.
+        """
+        sums = []
+        for _, _, copies in self._parameters():
+            with self.tape.repeat(copies):
+                sums.append(self.new("sum of a weight", "temporaries", 4))
+        for _, _, copies in self._parameters():
+            with self.tape.repeat(copies):
+                del sums[0]
 
     def _evaluation(self) -> None:
         """Forward and loss without autograd: a block's input goes when its output is there, and nothing is kept.

@@ -37,7 +37,7 @@ def replay_first_steps(
     weights, states, gradients = _persistent(changes)
     evaluation = program_of(c for c in changes if c.phase == "evaluation")
     update = program_of(c for c in changes if c.phase == "optimizer step")
-    own = [c for c in changes if c.phase not in ("persistent", "evaluation", "optimizer step")]
+    own = [c for c in changes if c.phase not in ("persistent", "evaluation", "checkpoint save", "optimizer step")]
     lazily = step.workload != "vramplan"
     micro_steps = [program_of(own)]
     stay = {c.block for c in own if c.row.category == "gradients"}

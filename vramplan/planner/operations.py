@@ -59,20 +59,24 @@ class Operations(StateRows):
             write = self.parted if name == "attn.qkv" else self.plain_output
             out = write(f"{name} output", size)
 
-        def backward(_: Memory) -> Sequence[Memory]:
-            def weight() -> Memory:
-                return self.new(f"{name}.weight gradient", "gradients", self.e * n_out * n_in)
+        kept = [x.memory, w.memory]
+        inputs = [x, w, *([b] if b else [])]
+        return self.result(out, inputs, lambda _: self.linear_gradients(name, n_out, n_in, kept))
 
-            def given() -> Memory:
-                return self.new(f"{name} input gradient", "temporaries", self.e * n_in * self.N)
+    def linear_gradients(self, name: str, n_out: Ints, n_in: Ints, kept: list[Memory]) -> Sequence[Memory]:
+        """Of input, weight and bias. ``kept`` are the input and the weight, which go when all of them are there."""
 
-            if not self.shape.bias:  # mm's backward makes the second operand's gradient first, addmm's does not
-                dw = weight()
-                return [given(), dw]
-            dx, dw = given(), weight()
-            return [dx, dw, self.new(f"{name}.bias gradient", "gradients", self.e * n_out)]
+        def weight() -> Memory:
+            return self.new(f"{name}.weight gradient", "gradients", self.e * n_out * n_in)
 
-        return self.result(out, [x, w, *([b] if b else [])], backward, [x.memory, w.memory])
+        def given() -> Memory:
+            return self.new(f"{name} input gradient", "temporaries", self.e * n_in * self.N)
+
+        if not self.shape.bias:  # mm's backward makes the second operand's gradient first, addmm's does not
+            dw = weight()
+            return [given(), dw]
+        dx, dw = given(), weight()
+        return [dx, dw, self.new(f"{name}.bias gradient", "gradients", self.e * n_out)]
 
     def plain_output(self, name: str, n_bytes: Ints) -> Memory:
         """An activation."""
