@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import torch
 
 import vramplan.planner
 from vramplan.memory_probe.partition import DISTINCT_BATCH, distinct, partition, product, saved_tensors, symbolic
-from vramplan.planner.memory import tensor_table
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
-from vramplan.planner.tape import unroll
 
 FILE = Path(vramplan.planner.__file__).with_name("partitions.json")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -76,28 +73,3 @@ def test_a_size_is_named_by_its_only_factorisation() -> None:
         assert symbolic(product(name, shape, step), shape, step) == name
     with pytest.raises(ValueError, match="no product"):
         symbolic(product("N h", shape, step) + 1, shape, step)
-
-
-def test_selective_checkpointing_keeps_what_the_table_lists() -> None:
-    step = StepConfig(compile=True, batch_size=8, checkpointing="selective", loss="chunked")
-    more, one = (
-        Counter(int(size) for size in alive_for_the_backward(replace(GPT2, n_layer=n), step)) for n in (2, 1)
-    )  # fmt: skip
-    table = {size: more[size] - one[size] for size in more if more[size] != one[size]}
-    traced: Counter[int] = Counter()
-    for n, elements, width, _ in partition(GPT2, step, check=False).layer:
-        traced[-(-product(elements, GPT2, step) * width // 512) * 512] += n
-    assert table == dict(traced)
-
-
-def alive_for_the_backward(shape: Shape, step: StepConfig) -> list[int]:
-    """Sizes of activations and weight copies that the table has when the loss's backward begins."""
-    living: dict[int, Any] = {}
-    for change in unroll(tensor_table(shape, step, evaluation=False)):
-        if change.phase == "loss backward":
-            break
-        if change.alloc:
-            living[change.block] = change
-        else:
-            living.pop(change.block)
-    return [c.row.size for c in living.values() if c.phase == "forward" and c.row.category != "inputs"]

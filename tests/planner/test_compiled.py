@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import vramplan.planner
-from vramplan.memory_probe.partition import product
+from vramplan.memory_probe.partition import partition, product
 from vramplan.planner.compiled import TRACED_TORCH
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate, first_step_bytes, tensor_table
@@ -52,6 +52,14 @@ def kept_by_the_table(shape: Shape, step: StepConfig) -> Counter[int]:
     return Counter(int(row.size) for row in rows if row.name not in OUTSIDE_THE_GRAPH)
 
 
+def per_layer(rows: Any, shape: Shape, step: StepConfig) -> Counter[int]:
+    """Sizes of traced rows, rounded as the allocator does."""
+    traced: Counter[int] = Counter()
+    for n, elements, width, _ in rows:
+        traced[-(-product(elements, shape, step) * width // 512) * 512] += n
+    return traced
+
+
 @pytest.mark.parametrize(("family", "rows"), families())
 def test_a_layer_keeps_what_was_traced(family: dict[str, Any], rows: Any) -> None:
     """To the tensor in bfloat16. In float32 inductor keeps one statistic of a LayerNorm, not two; and with grouped and
@@ -60,15 +68,21 @@ def test_a_layer_keeps_what_was_traced(family: dict[str, Any], rows: Any) -> Non
     shape = replace(GPT2, n_layer=1, **family["shape"])
     more, one = (kept_by_the_table(replace(shape, n_layer=n), step) for n in (2, 1))
     table = Counter({size: more[size] - one[size] for size in more | one if more[size] != one[size]})
-    traced: Counter[int] = Counter()
-    for n, elements, width, _ in rows:
-        traced[-(-product(elements, shape, step) * width // 512) * 512] += n
+    traced = per_layer(rows, shape, step)
     if step.dtype == "bfloat16" and step.workload in ("vramplan", "plain"):
         small = 4096
         assert {k: n for k, n in table.items() if k > small} == {k: n for k, n in traced.items() if k > small}
         return
     total, real = (sum(size * n for size, n in kept.items()) for kept in (table, traced))
     assert total == pytest.approx(real, rel=0.03 if family["name"] == "modern" else 5e-4)
+
+
+def test_selective_checkpointing_keeps_what_is_traced_now() -> None:
+    """To the tensor, under the installed torch."""
+    step = StepConfig(compile=True, batch_size=8, checkpointing="selective", loss="chunked")
+    more, one = (kept_by_the_table(replace(GPT2, n_layer=n), step) for n in (2, 1))
+    table = {size: more[size] - one[size] for size in more if more[size] != one[size]}
+    assert table == per_layer(partition(GPT2, step, check=False).layer, GPT2, step)
 
 
 def test_the_releases_are_those_that_were_traced() -> None:

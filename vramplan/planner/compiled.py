@@ -1,8 +1,8 @@
 """The tensor table of one compiled training step (torch.compile, inductor).
 
-What the forward keeps was read from the joint graph after torch 2.13's min-cut partition, for one and two layers:
-with a half-precision residual stream 32 h per token and layer (64 h in float32, 36 h under autocast), the half copies
-of the matrices, and the logits once. GELU's input and output are both kept. Different from eager:
+What the forward keeps was read from the joint graph after the min-cut partition of torch 2.11, 2.13 and 2.15: with a
+half-precision residual stream 32 h per token and layer (64 h in float32, 36 h under autocast), the half copies of the
+matrices, and the logits once. GELU's input and output are both kept. Different from eager:
 
 * normalisation, casts and GELU's backward are fused: no float32 copies of norm outputs, no second 4 h gradient;
 * the loss keeps only the logits; their gradient is a buffer of its own beside them. Our trainer does not return the
@@ -90,23 +90,18 @@ class CompiledStep(EagerStep):
         if self.step.checkpointing != "none":
             return super().linear_gradients(name, n_out, n_in, kept)
         dw = self.new(f"{name}.weight gradient", "gradients", self.e * n_out * n_in)
-        db = self.new(f"{name}.bias gradient", "gradients", self.e * n_out) if self.shape.bias else ()
+        bias = [self.new(f"{name}.bias gradient", "gradients", self.e * n_out)] if self.shape.bias else []
         del kept[0]
-        return [self.new(f"{name} input gradient", "temporaries", self.e * n_in * self.N), dw, db][
-            : 2 + self.shape.bias
-        ]
+        return [self.new(f"{name} input gradient", "temporaries", self.e * n_in * self.N), dw, *bias]
 
     def half(self, name: str, x: Tensor) -> Tensor:
         """Norms write what the next product takes."""
         return x
 
     def _layer_norm(self, name: str, x: Tensor) -> Tensor:
-        return self._fused_norm(name, x, ("mean", "1/std"), self.stat)
-
-    def _fused_norm(self, name: str, x: Tensor, kept: Sequence[str], width: int) -> Tensor:
         parts = ["weight", "bias"] if self.shape.norm_bias else ["weight"]
         out = self.new(f"{name} output", "activations", self.e * self.h * self.N)
-        saved = [self.new(f"{name} {what}", "activations", width * self.N) for what in kept]
+        saved = [self.new(f"{name} {what}", "activations", self.stat * self.N) for what in ("mean", "1/std")]
 
         def backward(_: Memory) -> Sequence[Memory]:
             dx = self.new(f"{name} input gradient", "temporaries", self.r * self.h * self.N)

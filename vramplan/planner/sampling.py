@@ -7,12 +7,10 @@ from dataclasses import replace
 from .autograd import Tensor
 from .eager import EagerStep
 from .gpu import Gpu
-from .overheads import cublas_workspace_bytes
+from .memory import workspace_bytes
 from .shape import Ints, Shape
 from .step import StepConfig
 from .tape import Tape
-
-DEFAULT_CAPABILITY = (8, 9)
 
 
 class Sampling(EagerStep):
@@ -65,6 +63,5 @@ class Sampling(EagerStep):
 
 def sampling_table(shape: Shape, step: StepConfig, prompt: Ints, gpu: Gpu | None = None) -> Tape:
     """The table of sampling with the dtype, batch_size and device of ``step``; ``prompt`` tokens of a sequence."""
-    capability = gpu.capability if gpu else DEFAULT_CAPABILITY
-    workspace = cublas_workspace_bytes(capability) if step.device == "cuda" else 0
+    workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
     return Sampling(shape, step, prompt, workspace).write()
