@@ -371,7 +371,9 @@ needs_a_compiler = pytest.mark.skipif(
     [
         *(pytest.param({}, *p.values, id=p.id) for p in COMPILED),
         pytest.param({"logit_softcap": 15.0}, {"loss": "full"}, id="capped logits"),
-        pytest.param({"positions": "rotary", "qk_norm": True, "n_kv_head": 2}, {"loss": "full"}, id="modern heads"),
+        pytest.param(
+            {"norm": "rmsnorm", "positions": "rotary", "qk_norm": True, "n_kv_head": 2}, {"loss": "full"}, id="modern"
+        ),
         pytest.param({"mlp": "swiglu"}, {"loss": "full"}, id="gated MLP"),
     ],
 )

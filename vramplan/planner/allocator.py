@@ -62,6 +62,7 @@ class Pool:
 
     small: bool
     page: int
+    least_rest: int
     blocks: list[tuple[int, int, Block]] = field(default_factory=list)
     unmapped: list[tuple[int, Block]] = field(default_factory=list)
     searches: int = 0
@@ -93,10 +94,13 @@ class CachingAllocator:
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.retries = 0
         self._next_address = 0
-        self._small, self._large = Pool(True, SMALL_SEGMENT), Pool(False, s.large_segment_bytes)
+        least_rest = MIN_BLOCK if s.expandable_segments else SMALL_LIMIT + 1
+        self._small = Pool(True, SMALL_SEGMENT, MIN_BLOCK)
+        self._large = Pool(False, s.large_segment_bytes, least_rest)
         self._collects = s.garbage_collection_threshold > 0 and s.cap_bytes < UNLIMITED
         self._expandable = s.expandable_segments
         self._max_split = s.max_split_bytes
+        self._plain = not s.expandable_segments and s.max_split_bytes == UNLIMITED
         self._divides = s.roundup_power2_divisions > 1
 
     # ---------------------------------------------------------------- what a program calls
@@ -105,11 +109,22 @@ class CachingAllocator:
         """Hand out a block of at least ``n_bytes`` (> 0). Raises CapExceededError when the cap does not allow it."""
         size = self._divided(n_bytes) if self._divides else (n_bytes + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
         pool = self._small if size <= SMALL_LIMIT else self._large
-        block = self._best_fit(size, pool) or self._obtain(size, pool)
+        pool.searches += 1
+        blocks = pool.blocks
+        i = bisect_left(blocks, (size,))
+        if i == len(blocks):
+            block = self._obtain(size, pool)
+        elif self._plain:
+            block = blocks.pop(i)[2]
+        else:
+            block = self._choose(size, pool, i) or self._obtain(size, pool)
         left = block.size - size
-        finely = pool.small or self._expandable
-        if left >= MIN_BLOCK and (finely or (left > SMALL_LIMIT and size < self._max_split)):
-            self._split(block, size)
+        if left >= pool.least_rest and (size < self._max_split or self._expandable):
+            rest = Block(block.address + size, left, pool, True, True, block, block.after, pool.searches)
+            if block.after is not None:
+                block.after.before = rest
+            block.size, block.after = size, rest
+            insort(blocks, (left, rest.address, rest))
         block.free = False
         self.allocated_bytes += block.size
         if self.allocated_bytes > self.peak_allocated_bytes:
@@ -159,12 +174,9 @@ class CachingAllocator:
             step = (1 << (n_bytes.bit_length() - 1)) // divisions
         return -(-n_bytes // step) * step
 
-    def _best_fit(self, size: int, pool: Pool) -> Block | None:
-        pool.searches += 1
+    def _choose(self, size: int, pool: Pool, i: int) -> Block | None:
+        """The best fit, from the i-th free block on, where settings say more about it than its size does."""
         blocks = pool.blocks
-        i = bisect_left(blocks, (size, -1))
-        if i == len(blocks):
-            return None
         if self._expandable:
             # a block at the mapped end counts with what it could grow to: smaller ones are better fits
             while i + 1 < len(blocks) and _potential(blocks[i + 1][2]) < _potential(blocks[i][2]):
@@ -214,13 +226,6 @@ class CachingAllocator:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     # ---------------------------------------------------------------- blocks
-
-    def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.address + size, block.size - size, block.pool, before=block, after=block.after)
-        if block.after is not None:
-            block.after.before = rest
-        block.size, block.after = size, rest
-        block.pool.add(rest)
 
     def _merged(self, block: Block) -> Block:
         """The block with its free (or, if it is unmapped, unmapped) neighbours."""

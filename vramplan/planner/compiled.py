@@ -42,6 +42,8 @@ class CompiledStep(EagerStep):
     sums_embedding = False
     """Whether the graph adds the head's share to the embedding's gradient."""
     block_outputs: Sequence[Memory] = ()
+    for_next_block: Sequence[Memory] = ()
+    """Buffers of a recomputed block that inductor uses again in the next one."""
 
     def leaf(self) -> Tensor:
         """A parameter; its gradient is an output of the backward graph."""
@@ -109,18 +111,63 @@ class CompiledStep(EagerStep):
 
         return self.result(out, [x, *(self.leaf() for _ in parts)], backward, [x.memory, *saved])
 
+    def _rms_norm(self, name: str, x: Tensor, elements: Ints, weighted: bool, rows: Ints | None = None) -> Tensor:
+        """One kernel each way, whatever the device. The stream's gradient is written over the one that was given; that
+        of queries or keys, which are read where they lie, is not."""
+        size = self.e * elements * self.N
+        out = self.new(f"{name} output", "activations", size) if weighted else self.parted(f"{name} output", size)
+        scale = self.new(f"{name} 1/rms", "activations", 4 * (self.N if rows is None else rows))
+
+        def backward(grad: Memory) -> Sequence[Memory]:
+            if weighted:
+                return [grad, self.new(f"{name}.weight gradient", "gradients", self.w * elements)]
+            return [self.new(f"{name} input gradient", "temporaries", size), ()]
+
+        return self.result(out, [x, self.leaf() if weighted else Tensor()], backward, [x.memory, scale])
+
     def activation(self, x: Tensor) -> Tensor:
         """GELU's gradient is written over the one it was given; the gate's is twice as wide, and needs its own."""
         s = self.shape
-        if s.mlp == "swiglu" and self.step.checkpointing != "none":
+        gated = s.mlp == "swiglu"
+        if gated and self.step.checkpointing == "selective":
             return super().activation(x)
         out = self.new(f"{s.mlp} output", "activations", self.e * s.mlp_width * self.N)
+        wide = self.e * s.fc_width * self.N
+        kept = [x.memory]
 
         def backward(grad: Memory) -> Sequence[Memory]:
-            wide = self.e * s.fc_width * self.N
-            return [self.new("swiglu input gradient", "temporaries", wide) if s.mlp == "swiglu" else grad]
+            if not gated:
+                return [grad]
+            again = self._gate_again()
+            dx = self.new("swiglu input gradient", "temporaries", wide)
+            if again:
+                self.for_next_block = [again, grad, dx, *kept]
+            return [dx]
 
-        return self.result(out, [x], backward, [x.memory])
+        return self.result(out, [x], backward, kept)
+
+    def _gate_again(self) -> Memory:
+        """The activation of the gate, where a recomputed block has made it anew."""
+        if self.step.checkpointing == "none":
+            return ()
+        return self.new("activation of the gate, again", "temporaries", self.e * self.shape.mlp_width * self.N)
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        """The wide buffers of a gated MLP are not freed within the block: inductor keeps them for the next one's, which
+        are as large. It believes that this does not raise the peak, for it counts the halves of the gate's gradient
+        beside the whole (its ``estimate_peak_memory``); but attention's backward comes on top of them."""
+        out = super()._checkpointed(x)
+        node = out.source
+        if isinstance(node, Node):
+            inner = node.rule
+
+            def backward(grads: list[Memory]) -> Sequence[Memory]:
+                given = inner(grads)
+                self.for_next_block = []
+                return given
+
+            node.rule = backward
+        return out
 
     # ---------------------------------------------------------------- embedding
 

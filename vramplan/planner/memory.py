@@ -153,7 +153,7 @@ class Estimate:
         if step.half and shape.head_dim % 8:
             return f"how a compiled graph pads heads of {shape.head_dim} was not traced; eager rows are used"
         if shape.mlp == "swiglu" and step.checkpointing == "block":
-            return "a compiled gated MLP that is recomputed needed up to 7 % more on a CPU than it says here"
+            return "a compiled gated MLP that is recomputed needed up to 5 % more on a CPU than it says here"
         if not is_traced(step.torch):
             first, last = (".".join(map(str, version)) for version in (TRACED_TORCH[0], TRACED_TORCH[-1]))
             return f"what torch {step.torch} keeps when it compiles was not traced, only {first} to {last}"
