@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # before torch is imported, and for the processes that tests start: such small tensors gain nothing from more threads,
 # and two of them wait for each other when the machine is busy (three times the time for the trainer's tests)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# what was measured on this machine is no business of the tests, nor theirs of the ledger
+os.environ["VRAMPLAN_LEDGER"] = os.path.join(tempfile.gettempdir(), "vramplan-tests-have-no-ledger", "ledger.sqlite")
 
 import hypothesis
 import pytest

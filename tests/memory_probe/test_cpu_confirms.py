@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
 import pytest
 import torch
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from vramplan.errors import ConfigError
+from vramplan.memory_probe import cpu_events
 from vramplan.memory_probe.cpu import StepMeasurement, measure_cpu_step
 from vramplan.planner.memory import Estimate, estimate
 from vramplan.planner.shape import Shape
@@ -270,30 +269,15 @@ def allocator_peak(shape: Shape, step: StepConfig, *, evaluation: bool = False) 
 
     Or, instead of that step, during the second of two evaluations that follow the first.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def begin() -> Callable[[], None]:
         steps = Steps(shape, step)
         steps.run()
-        again = steps.evaluate if evaluation else steps.run
         if evaluation:
-            again()  # compiles
-        with record_function("second step"):
-            again()
-    found: list[tuple[int, int, bool]] = []
+            steps.evaluate()  # compiles
+        return steps.evaluate if evaluation else steps.run
 
-    def walk(event: Any, last: bool) -> None:
-        last = last or event.name == "second step"
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size, last))
-        for child in event.children:
-            walk(child, last)
-
-    for root in profiler.profiler.kineto_results.experimental_event_tree():
-        walk(root, False)
-    level, peak = 0, 0
-    for _, size, last in sorted(found, key=lambda event: event[0]):
-        level += size
-        peak = max(peak, level) if last else peak
-    return peak
+    return cpu_events.allocator_peak(begin)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ COMMANDS = {  # and the module each lives in
     "apply": "planning",
     "estimate": "estimating",
     "gpus": "planning",
+    "probe": "probing",
     "train": "training",
     "sample": "training",
     "report": "reporting",
+    "ledger": "probing",
 }
 
 

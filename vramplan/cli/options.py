@@ -6,14 +6,14 @@ import abc
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import rich_click as click
 
 from ..device import compile_support, cpu_has_bf16, host_memory, installed_version, live_gpu
-from ..errors import Collector, ConfigError, Problem
+from ..errors import Collector, ConfigError, Problem, VramplanError
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
 from ..planner.overheads import load_overheads
@@ -229,10 +229,24 @@ def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headl
         return _cpu_target(vram, reserve)
     if gpu is not None and gpu.lower() == "auto":
         return _live_target(vram, reserve, headless)
-    card = find_gpu(gpu) if gpu else None
+    card = with_evidence(find_gpu(gpu)) if gpu else None
     found = budget(card, vram_bytes=vram, reserve_bytes=reserve, headless=headless)
     can_compile, why = compile_support(card.capability if card else None)
     return Target(card, "cuda", found, found.assumptions, can_compile, _half_dtypes(card), why)
+
+
+def with_evidence(card: Gpu | None) -> Gpu | None:
+    """The card with what the ledger knows of its architecture; a ledger that cannot be read is said and left out."""
+    from ..memory_probe.ledger import Ledger, default_path
+
+    if card is None or not default_path().exists():
+        return card
+    try:
+        with Ledger(on_note=lambda note: click.echo(note, err=True)) as ledger:
+            return replace(card, evidence=ledger.evidence(".".join(map(str, card.capability))))
+    except VramplanError as error:
+        click.echo(f"{error}; planned without it", err=True)
+        return card
 
 
 def with_measured(card: Gpu | None, path: Path | None) -> Gpu | None:
@@ -274,7 +288,7 @@ def _live_target(vram: int | None, reserve: int | None, headless: bool) -> Targe
         remedy = "name one with --gpu 4070, or plan for this machine's memory with --gpu cpu"
         raise ConfigError(Problem("--gpu", "auto", "finds no NVIDIA card", remedy))
     try:
-        card = find_gpu(live.name, total_bytes=live.total_bytes)
+        card = with_evidence(find_gpu(live.name, total_bytes=live.total_bytes))
     except ConfigError:
         card = None  # memory can be planned all the same
     found = budget(card, vram_bytes=vram, reserve_bytes=reserve, free_bytes=live.free_bytes, headless=headless)

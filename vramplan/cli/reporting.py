@@ -10,9 +10,8 @@ import rich_click as click
 
 from ..errors import ConfigError, Problem
 from ..planner.plan import plan_gpu
-from ..planner.plan_file import read_plans
-from ..runconfig import RunConfig
-from .options import DEFAULT_MAX_RISK, FilePath, card_options, refused, resolve_target
+from .options import DEFAULT_MAX_RISK, FilePath, card_options, refused, resolve_target, with_evidence
+from .subject import read_subject
 
 
 @click.command()
@@ -29,7 +28,7 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **ca
     from ..report.risk import build_report, print_report
 
     refused().finish()
-    shape, step, planned, measured = _read(subject, rank)
+    shape, step, planned, measured = read_subject(subject, rank)
     asked = card["headless"] or any(card[name] is not None for name in ("gpu", "vram", "reserve"))
     if asked or (step.device == "cpu" and not planned.get("budget_bytes")):
         name = card["gpu"] or planned.get("gpu") or ("cpu" if step.device == "cpu" else None)
@@ -42,7 +41,7 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **ca
             raise ConfigError(Problem("--gpu", name, f"does not run a configuration made for {step.device}", remedy))
         gpu, budget = target.gpu, target.budget.budget_bytes
     elif planned.get("budget_bytes"):
-        gpu, budget = plan_gpu(planned.get("gpu")), int(planned["budget_bytes"])
+        gpu, budget = with_evidence(plan_gpu(planned.get("gpu"))), int(planned["budget_bytes"])
     else:
         raise ConfigError(
             Problem("--gpu", "missing", "is required", f"{subject} names no budget; give --gpu or --vram")
@@ -54,38 +53,3 @@ def report(subject: Path, rank: int, as_json: bool, max_risk: float | None, **ca
         click.echo(json.dumps(result.as_dict()))
     else:
         print_report(result)
-
-
-def _read(subject: Path, rank: int) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Shape, step, what was planned, and what a run measured."""
-    if _is_json(subject):
-        data, configs = read_plans(subject)
-        if rank > len(configs):
-            raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {subject}"))
-        return *configs[rank - 1], data, {}
-    if subject.is_dir():
-        from ..trainer.metrics import read_metrics
-        from ..trainer.rundir import RunDirectory
-
-        run = RunDirectory(subject)
-        if not run.exists:
-            raise ConfigError(
-                Problem("run", str(subject), "holds no run", "name a run directory, plan or configuration")
-            )
-        config = run.stored_config()
-        lines = [line for line in read_metrics(run.metrics) if line["kind"] == "step"]
-        measured: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
-        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
-            seen = [line[name] for line in lines if line.get(name) is not None]
-            measured[name] = max(seen) if seen else None
-        return config.shape, config.step_config, config.plan.model_dump(), measured
-    config = RunConfig.load(subject)
-    return config.shape, config.step_config, config.plan.model_dump(), {}
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file holds an object in JSON rather than TOML, whatever it is called."""
-    if not path.is_file():
-        return path.suffix.lower() == ".json"
-    with path.open(encoding="utf-8", errors="replace") as f:
-        return f.read(64).lstrip().startswith(("{", "[{"))

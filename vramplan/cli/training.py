@@ -16,7 +16,7 @@ from ..planner.plan import refit
 from ..planner.risk import needed_for
 from ..runconfig import DataSection, RunConfig
 from ..units import gib, gib_needed
-from .options import DEFAULT_MAX_RISK, FilePath, refused
+from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
 
 
 @click.command()
@@ -109,7 +109,7 @@ def live_card(config: RunConfig) -> Gpu | None:
     if live is None:
         return None
     try:
-        return find_gpu(live.name, total_bytes=live.total_bytes)
+        return with_evidence(find_gpu(live.name, total_bytes=live.total_bytes))
     except ConfigError:
         return None
 

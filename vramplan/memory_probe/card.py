@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
+import os
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ..device import live_gpu
+from ..errors import VramplanError
 from ..planner.shape import Shape
 from ..planner.step import StepConfig, tokens_per_step
+from ..trainer.checkpoint import all_finite, plain_state_dict
 from ..trainer.memory_errors import out_of_memory
 from ..trainer.model import GPT
 from ..trainer.step import TrainStep
-from .cpu import probe_optimizer
+from .cpu import Phase, probe_optimizer
 from .scripts import Draw, ScriptLoop
 
 
@@ -26,87 +33,219 @@ class CardMeasurement:
     """Peaks in bytes since before the model was built (None on a CPU); ``outcome`` is ``fits`` or ``out_of_memory``.
 
     ``context_bytes`` is what the driver counts for the card beyond torch's allocator, before the model is built (of all
-    its processes); ``seconds`` are those of the optimizer steps after the first two, ``error`` the first line of what
-    went wrong.
+    its processes); ``process_bytes`` what it charges this process with at the end. ``phase_peaks`` are the most bytes
+    allocated within each phase; a compiled step shows only forward and backward together, and the update. ``seconds``
+    are those of the optimizer steps after the first two, ``error`` the first line of what went wrong.
     """
 
     outcome: str
     allocated_bytes: int | None
     reserved_bytes: int | None
     context_bytes: int | None
+    process_bytes: int | None
     retries: int | None
+    phase_peaks: dict[str, int]
     seconds: tuple[float, ...]
+    first_step_seconds: float | None
+    first_step_peak_bytes: int | None
     tokens_per_second: float | None
+    loss: float | None
     error: str = ""
 
 
+WARM_UP = 2
+"""Steps that are not timed: in the first kernels are compiled and tuned, in the second the allocator settles."""
+
+
 def measure_card(
-    shape: Shape, step: StepConfig, device: torch.device, *, steps: int = 4, cap_bytes: int | None = None
+    shape: Shape,
+    step: StepConfig,
+    device: torch.device,
+    *,
+    steps: int = 4,
+    cap_bytes: int | None = None,
+    everything: bool = False,
+    doing: Callable[[str], None] = lambda what: None,
 ) -> CardMeasurement:
     """Run ``steps`` optimizer steps of the workload on ``device``.
 
     ``cap_bytes`` is what the process may have, context included, as on a smaller card (``context_bytes`` is taken off
-    for the allocator). Everything is released afterwards. Errors other than a lack of memory are raised.
+    for the allocator). ``everything``: also save a checkpoint and resume from it. ``doing`` is told what is being done.
+    Everything is released afterwards. Errors other than a lack of memory are raised.
     """
     context = _fresh_start(device)
     _set_cap(device, None if cap_bytes is None else cap_bytes - (context or 0))
-    seconds: list[float] = []
+    log = _Log(device)
     error = ""
     try:
-        _run(shape, step, device, steps, seconds)
+        _run(shape, step, log, steps, everything, doing)
     except (RuntimeError, MemoryError) as failure:
         if not out_of_memory(failure):
             raise
         error = (str(failure).splitlines() or [type(failure).__name__])[0]
     finally:
         _set_cap(device, None)
-    cuda = device.type == "cuda"
-    stats: dict[str, Any] = dict(torch.cuda.memory_stats(device)) if cuda else {}
-    timed = tuple(seconds[2:])
+    log.peaks.enter("")
+    stats: dict[str, Any] = dict(torch.cuda.memory_stats(device)) if device.type == "cuda" else {}
+    timed = tuple(log.seconds[WARM_UP:])
     total = int(tokens_per_step(shape, step))
     result = CardMeasurement(
         outcome="out_of_memory" if error else "fits",
-        allocated_bytes=stats.get("allocated_bytes.all.peak"),
+        allocated_bytes=max(log.peaks.found.values(), default=None),
         reserved_bytes=stats.get("reserved_bytes.all.peak"),
         context_bytes=context,
+        process_bytes=_own_bytes() if stats else None,
         retries=stats.get("num_alloc_retries"),
+        phase_peaks=log.peaks.found,
         seconds=timed,
+        first_step_seconds=log.seconds[0] if log.seconds else None,
+        first_step_peak_bytes=log.first_peak,
         tokens_per_second=total / statistics.median(timed) if timed else None,
+        loss=log.loss,
         error=error,
     )
     _fresh_start(device)
     return result
 
 
-def _run(shape: Shape, step: StepConfig, device: torch.device, steps: int, seconds: list[float]) -> None:
+class PhasePeaks:
+    """Most bytes within each phase, from a peak that can be read and reset; nothing where there are no statistics."""
+
+    def __init__(self, peak: Callable[[], int] | None, reset: Callable[[], None] | None) -> None:
+        self._peak, self._reset, self._phase = peak, reset, ""
+        self.found: dict[str, int] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether there are statistics."""
+        return self._peak is not None
+
+    def enter(self, phase: str) -> None:
+        """The phase before is over."""
+        if self._peak is None or self._reset is None:
+            return
+        if self._phase:
+            self.found[self._phase] = max(self.found.get(self._phase, 0), self._peak())
+        self._reset()
+        self._phase = phase
+
+
+class _Log:
+    """What a measurement sees as it goes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.loss: float | None = None
+        self.first_peak: int | None = None
+        cuda = device.type == "cuda"
+        self.peaks = PhasePeaks(
+            (lambda: torch.cuda.max_memory_allocated(device)) if cuda else None,
+            (lambda: torch.cuda.reset_peak_memory_stats(device)) if cuda else None,
+        )
+
+
+class FollowedPhase(Phase):
+    """Tells the peaks when the phase changes."""
+
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, peaks: PhasePeaks) -> None:
+        self._peaks, self._name = peaks, ""
+        super().__init__(model, optimizer)
+
+    @property
+    def name(self) -> str:
+        """The phase's name, as in the tensor table."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        if name != self._name:
+            self._peaks.enter(name)
+        self._name = name
+
+
+def _run(shape: Shape, step: StepConfig, log: _Log, steps: int, everything: bool, doing: Callable[[str], None]) -> None:
+    device = log.device
+
     def draw() -> tuple[Tensor, Tensor]:
         size = (step.batch_size, shape.block_size)
         tokens, targets = (torch.randint(0, shape.vocab_size, size) for _ in range(2))
         return tokens.to(device), targets.to(device)
 
-    run = (
-        _our_step(shape, step, device, draw) if step.workload == "vramplan" else _script_step(shape, step, device, draw)
-    )
-    for _ in range(steps):
+    doing("building the model")
+    if step.workload == "vramplan":
+        ours = _OurStep(shape, step, log, draw, doing)
+        run: Callable[[], float | None] = ours
+    else:
+        ours, loop = None, ScriptLoop(shape, step, device)
+        log.peaks.enter("step")
+        run = lambda: loop.run(draw)  # noqa: E731
+    for number in range(steps):
+        doing("compiling and running the first step" if step.compile and not number else f"running step {number + 1}")
         _wait(device)
         start = time.perf_counter()
-        run()
+        log.loss = run()
         _wait(device)
-        seconds.append(time.perf_counter() - start)
+        log.seconds.append(time.perf_counter() - start)
+        if not number:
+            log.first_peak = max(log.peaks.found.values(), default=None)
+    if ours is not None and everything:
+        ours.save_and_resume()
 
 
-def _our_step(shape: Shape, step: StepConfig, device: torch.device, draw: Draw) -> Any:
-    model = GPT(shape, step).to(device)
-    optimizer = probe_optimizer(model, step)
-    train = TrainStep(model, optimizer, step, grad_clip=1.0, device=device)
-    train.allocate()
-    train.evaluate([draw()])
-    return lambda: train((draw() for _ in range(step.grad_accum)), 1e-3)
+class _OurStep:
+    """Our trainer's step with what surrounds it in a run."""
 
+    def __init__(self, shape: Shape, step: StepConfig, log: _Log, draw: Draw, doing: Callable[[str], None]) -> None:
+        self._shape, self._step, self._log, self._draw, self._doing = shape, step, log, draw, doing
+        log.peaks.enter("persistent")
+        self._train = self._build()
+        log.peaks.enter("evaluation")
+        doing("evaluating")
+        self._train.evaluate([draw()])
+        self._follow()
 
-def _script_step(shape: Shape, step: StepConfig, device: torch.device, draw: Draw) -> Any:
-    loop = ScriptLoop(shape, step, device)
-    return lambda: loop.run(draw)
+    def _build(self) -> TrainStep:
+        model = GPT(self._shape, self._step).to(self._log.device)
+        optimizer = probe_optimizer(model, self._step)
+        train = TrainStep(model, optimizer, self._step, grad_clip=1.0, device=self._log.device)
+        train.allocate()
+        return train
+
+    def _follow(self) -> None:
+        peaks, optimizer = self._log.peaks, self._train.optimizer
+        if self._step.compile:  # hooks of modules would break the graph
+            optimizer.register_step_pre_hook(lambda *_: peaks.enter("optimizer step"))
+        elif peaks.active:
+            FollowedPhase(self._train.model, optimizer, peaks)
+
+    def __call__(self) -> float:
+        """One optimizer step; its loss. Raises VramplanError when that is no number."""
+        if self._step.compile:
+            self._log.peaks.enter("forward and backward")
+        loss = self._train((self._draw() for _ in range(self._step.grad_accum)), 1e-3).loss
+        if not math.isfinite(loss):
+            raise VramplanError(f"the loss is not finite ({loss})")
+        return loss
+
+    def save_and_resume(self) -> None:
+        """Write a checkpoint, drop everything, build it again from the file, and take a step."""
+        with tempfile.TemporaryFile() as file:
+            self._doing("saving a checkpoint")
+            self._log.peaks.enter("checkpoint save")
+            all_finite(self._train.model)
+            torch.save([plain_state_dict(self._train.model), self._train.optimizer.state_dict()], file)
+            del self._train
+            gc.collect()
+            file.seek(0)
+            self._doing("resuming")
+            self._log.peaks.enter("resume")
+            self._train = self._build()
+            weights, states = torch.load(file, map_location="cpu", weights_only=True)
+            self._train.model.load_state_dict(weights)
+            self._train.optimizer.load_state_dict(states)
+        del weights, states
+        self._train((self._draw() for _ in range(self._step.grad_accum)), 1e-3)
 
 
 def _wait(device: torch.device) -> None:
@@ -116,7 +255,8 @@ def _wait(device: torch.device) -> None:
 
 def _fresh_start(device: torch.device) -> int | None:
     """Drop what earlier measurements left; the bytes of the process outside torch's allocator, where NVML says."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
     gc.collect()
     if device.type != "cuda":
         return None
@@ -131,6 +271,13 @@ def _fresh_start(device: torch.device) -> int | None:
     if live is None:
         return None
     return max(0, live.total_bytes - live.free_bytes - torch.cuda.memory_reserved(device))
+
+
+def _own_bytes() -> int | None:
+    """What the driver charges this process with, where it says so (not in most containers, not under WSL2)."""
+    live = live_gpu()
+    own = [p.used_bytes for p in live.processes if p.pid == os.getpid()] if live else []
+    return own[0] if own else None
 
 
 def _set_cap(device: torch.device, allocator_bytes: int | None) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,12 @@ class Phase:
 
 
 def measure_cpu_step(
-    config: RunConfig | tuple[Shape, StepConfig], *, steps: int = 3, grad_clip: float = 1.0
+    config: RunConfig | tuple[Shape, StepConfig], *, steps: int = 3, grad_clip: float = 1.0, resume: bool = False
 ) -> StepMeasurement:
     """Build the model, run ``steps`` optimizer steps on random tokens, evaluate, save; report from the last step on.
+
+    With ``resume`` everything is dropped and built again from the checkpoint, whose contents then count too: they are
+    in host memory, which on a CPU is all there is.
 
     At least two, so that the reported one begins as all later ones do. Needs as much host memory as the step itself,
     and half precision is slow: use small vocabularies.
@@ -135,18 +138,37 @@ def measure_cpu_step(
         all_finite(train.model)
         with tempfile.TemporaryFile() as file:
             torch.save([plain_state_dict(train.model), train.optimizer.state_dict()], file)
+            if resume:
+                del train
+                file.seek(0)
+                phase.name = "resume"
+                _resume(shape, step, file, grad_clip)
     return measurement(meter, persistent)
+
+
+def _resume(shape: Shape, step: StepConfig, file: IO[bytes], grad_clip: float) -> None:
+    train = trainer(shape, step, grad_clip)
+    train.allocate()
+    weights, states = torch.load(file, map_location="cpu", weights_only=True)
+    train.model.load_state_dict(weights)
+    train.optimizer.load_state_dict(states)
+    del weights, states
+    train(random_batches(shape, step), learning_rate=1e-3)
 
 
 def follow(shape: Shape, step: StepConfig, meter: TensorMeter, grad_clip: float) -> tuple[TrainStep, Phase]:
     """Our training step on a CPU, ready for its first update, with ``meter`` told of the phase it is in."""
-    model = GPT(shape, step)
-    optimizer = probe_optimizer(model, step)
-    train = TrainStep(model, optimizer, step, grad_clip=grad_clip, device=torch.device("cpu"))
+    train = trainer(shape, step, grad_clip)
     train.allocate()
-    phase = Phase(model, optimizer)
+    phase = Phase(train.model, train.optimizer)
     meter.phase_of = lambda: phase.name
     return train, phase
+
+
+def trainer(shape: Shape, step: StepConfig, grad_clip: float = 1.0) -> TrainStep:
+    """Our training step on a CPU, with nothing allocated beside the model."""
+    model = GPT(shape, step)
+    return TrainStep(model, probe_optimizer(model, step), step, grad_clip=grad_clip, device=torch.device("cpu"))
 
 
 def measurement(meter: TensorMeter, persistent_bytes: int) -> StepMeasurement:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, Problem
 from ..units import GIB, MIB, gib
+from .evidence import NO_EVIDENCE, Evidence
 
 DESKTOP_RESERVE_BYTES = 3 * GIB // 4
 """Assumed for a desktop on a card that may drive a screen: 0.75 GiB. A browser can take several times as much."""
@@ -55,7 +56,8 @@ class Gpu:
 
     ``boost_mhz`` is the rated boost clock. ``datasheet_flops`` (dense, half precision, float32 accumulation) wins over
     the rule SMs x boost x ``tensor_rate`` where the maker prints one. ``context_bytes`` (CUDA context) and
-    ``workspace_bytes`` (one cuBLAS workspace) are what the user measured, if he did: see ``overheads.py``.
+    ``workspace_bytes`` (one cuBLAS workspace) are what the user measured, if he did: see ``overheads.py``. ``evidence``
+    is by how much estimates were wrong on this architecture.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Gpu:
     datasheet_flops: float | None = None
     context_bytes: int | None = None
     workspace_bytes: int | None = None
+    evidence: Evidence = NO_EVIDENCE
 
     @property
     def architecture(self) -> str:

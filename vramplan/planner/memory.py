@@ -13,6 +13,7 @@ from ..units import MIB
 from .allocator_settings import AllocatorSettings
 from .compiled import TRACED_TORCH, CompiledStep
 from .eager import EagerStep
+from .evidence import NO_EVIDENCE, Evidence
 from .first_steps import replay_first_steps
 from .gpu import Gpu
 from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes, release
@@ -112,6 +113,7 @@ class Estimate:
     context_bytes: int
     first_step_bytes: int = 0
     capability: tuple[int, int] = DEFAULT_CAPABILITY
+    evidence: Evidence = NO_EVIDENCE
 
     @property
     def process_bytes(self) -> int:
@@ -248,4 +250,5 @@ def estimate(
         context,
         tuning,
         gpu.capability if gpu else DEFAULT_CAPABILITY,
+        gpu.evidence if gpu else NO_EVIDENCE,
     )

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ..errors import ConfigError, Problem
+from .evidence import NO_EVIDENCE
 from .gpu import Gpu
 from .memory import Estimate, context_bytes, estimate, peak_allocated, state_bytes
 from .risk import needed_bytes, needed_for
@@ -206,13 +207,13 @@ def rank(grid: Grid, gpu: Gpu | None, budget_bytes: int | None, max_risk: float)
     size given: quality price, fewest FLOPs, half precision, compiled, nothing recomputed, micro-batches up to
     BUSY_TOKENS, less memory.
     """
-    context = context_bytes(gpu, grid.device)
+    context, evidence = context_bytes(gpu, grid.device), gpu.evidence if gpu else NO_EVIDENCE
     modes: list[StepConfig] = []
     columns, qualities = [], []
     for step, index, allocated in _priced(grid, gpu):
         keep = np.full(allocated.shape, True)
         if budget_bytes is not None:
-            keep = needed_bytes(allocated + context, step, max_risk) <= budget_bytes
+            keep = needed_bytes(allocated + context, step, max_risk, evidence) <= budget_bytes
         index = index[keep]
         kept = replace(
             step,

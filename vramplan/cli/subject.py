@@ -1,0 +1,47 @@
+"""What a command is about: a plan file, a run configuration or a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, Problem
+from ..planner.plan_file import read_plans
+from ..planner.shape import Shape
+from ..planner.step import StepConfig
+from ..runconfig import RunConfig
+
+
+def read_subject(subject: Path, rank: int) -> tuple[Shape, StepConfig, dict[str, Any], dict[str, Any]]:
+    """Shape, step, what was planned, and what a run measured. Raises ConfigError."""
+    if _is_json(subject):
+        data, configs = read_plans(subject)
+        if rank > len(configs):
+            raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {subject}"))
+        return *configs[rank - 1], data, {}
+    if subject.is_dir():
+        from ..trainer.metrics import read_metrics
+        from ..trainer.rundir import RunDirectory
+
+        run = RunDirectory(subject)
+        if not run.exists:
+            raise ConfigError(
+                Problem("run", str(subject), "holds no run", "name a run directory, plan or configuration")
+            )
+        config = run.stored_config()
+        lines = [line for line in read_metrics(run.metrics) if line["kind"] == "step"]
+        measured: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
+            seen = [line[name] for line in lines if line.get(name) is not None]
+            measured[name] = max(seen) if seen else None
+        return config.shape, config.step_config, config.plan.model_dump(), measured
+    config = RunConfig.load(subject)
+    return config.shape, config.step_config, config.plan.model_dump(), {}
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file holds an object in JSON rather than TOML, whatever it is called."""
+    if not path.is_file():
+        return path.suffix.lower() == ".json"
+    with path.open(encoding="utf-8", errors="replace") as f:
+        return f.read(64).lstrip().startswith(("{", "[{"))
