@@ -90,7 +90,7 @@ def run_child(
             stopped_by, resident = _watch(process, limits, reports, start)
         finally:
             _kill(process)
-        output = tail.finish()
+            output = tail.finish()
         return ChildEnd(
             returncode=process.returncode,
             stopped_by=stopped_by,

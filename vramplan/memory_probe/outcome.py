@@ -48,21 +48,20 @@ def _raised(text: str, kinds: Sequence[str]) -> Ending:
 
 def _died(end: ChildEnd) -> Ending:
     """It left no result and no exception: a signal, a crash of the interpreter, or an exit without a word."""
-    said = failure_of(end.output) if end.output.strip() else None
-    if end.returncode == -signal.SIGKILL if hasattr(signal, "SIGKILL") else False:
+    if hasattr(signal, "SIGKILL") and end.returncode == -signal.SIGKILL:
         if end.oom_killed:
             return Ending("out_of_memory", f"the kernel killed it for want of host memory{_while(end)}")
         return Ending("killed", f"killed from outside (SIGKILL){_while(end)}")
-    if end.returncode in (-signal.SIGINT, -signal.SIGTERM) or end.returncode in (128 + 2, 128 + 15):
-        return Ending("killed", f"stopped from outside (signal {abs(end.returncode) % 128}){_while(end)}")
-    if said is not None and said.kind == "out_of_memory":
+    if end.returncode in (-signal.SIGINT, -signal.SIGTERM):
+        return Ending("killed", f"stopped from outside ({_signal_name(-end.returncode)}){_while(end)}")
+    said = failure_of(end.output)
+    if said.kind == "out_of_memory":
         return Ending("out_of_memory", said.reason)
     if end.returncode < 0:
         return Ending("not_memory", f"it crashed ({_signal_name(-end.returncode)}){_while(end)}")
-    last = [line.strip() for line in end.output.splitlines() if line.strip()][-1:]
-    return Ending(
-        "not_memory", f"it ended with code {end.returncode} and no result{': ' if last else ''}{''.join(last)}"
-    )
+    lines = [line.strip() for line in end.output.splitlines() if line.strip()]
+    words = f": {said.reason if ': ' in said.reason else lines[-1]}" if lines else ""
+    return Ending("not_memory", f"it ended with code {end.returncode} and no result{words}")
 
 
 def _while(end: ChildEnd) -> str:

@@ -55,12 +55,17 @@ def failure_of(text: str, kinds: Sequence[str] = ()) -> Failure:
     """Read an error's text, and the names of its class and that class's bases where they are known."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), kinds[0] if kinds else "no message")
     for pattern, reason in NOT_MEMORY:
-        if re.search(pattern, text, re.IGNORECASE):
-            return Failure("not_memory", f"{reason}: {first}")
-    if {"OutOfMemoryError", "MemoryError"} & set(kinds) or _says_out_of_memory(text):
+        if found := re.search(pattern, text, re.IGNORECASE):
+            return Failure("not_memory", f"{reason}: {_line(text, found)}")
+    for pattern in OUT_OF_MEMORY:
+        if found := re.search(pattern, text, re.IGNORECASE):
+            return Failure("out_of_memory", _line(text, found))
+    if {"OutOfMemoryError", "MemoryError"} & set(kinds):
         return Failure("out_of_memory", first)
     return Failure("not_memory", f"{kinds[0]}: {first}" if kinds else first)
 
 
-def _says_out_of_memory(text: str) -> bool:
-    return any(re.search(pattern, text, re.IGNORECASE) for pattern in OUT_OF_MEMORY)
+def _line(text: str, found: re.Match[str]) -> str:
+    """The whole line in which something was found."""
+    start, end = text.rfind("\n", 0, found.start()) + 1, text.find("\n", found.end())
+    return text[start : end if end >= 0 else None].strip()
