@@ -20,6 +20,7 @@ COMMANDS = {  # and the module each lives in
     "apply": "planning",
     "estimate": "estimating",
     "gpus": "planning",
+    "doctor": "doctor",
     "probe": "probing",
     "train": "training",
     "sample": "training",

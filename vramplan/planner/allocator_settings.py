@@ -38,11 +38,11 @@ class AllocatorSettings:
         for entry in filter(None, (part.strip() for part in text.split(","))):
             key, _, value = (part.strip() for part in entry.partition(":"))
             try:
-                name, convert = _KEYS[key]
+                name, convert = SETTINGS[key]
                 values[name] = convert(value)
             except KeyError:
                 rule = "is not an allocator setting that the replay knows"
-                problems.append(Problem("alloc_conf", entry, rule, did_you_mean(key, list(_KEYS))))
+                problems.append(Problem("alloc_conf", entry, rule, did_you_mean(key, list(SETTINGS))))
             except ValueError as error:
                 problems.append(Problem("alloc_conf", entry, str(error)))
         split, segment = values.get("max_split_bytes", UNLIMITED), values.get("large_segment_bytes", LARGE_SEGMENT)
@@ -82,10 +82,11 @@ def _divisions(text: str) -> int:
     return int(text)
 
 
-_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
+SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "expandable_segments": ("expandable_segments", _flag),
     "max_split_size_mb": ("max_split_bytes", _more_than(LARGE_SEGMENT // MIB)),
     "garbage_collection_threshold": ("garbage_collection_threshold", _threshold),
     "roundup_power2_divisions": ("roundup_power2_divisions", _divisions),
     "large_segment_size_mb": ("large_segment_bytes", _more_than(LARGE_SEGMENT // MIB - 1)),
 }  # fmt: skip
+"""What the replay knows of torch's settings: the field of each, and how its value is read."""
