@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_is_a_failure_and_not_a_lack_of_memory(tmp_path
     script.write_text(
         "import sys, torch\nfrom vramplan.trainer import model\nfrom vramplan.memory_probe import worker\n"
         "old = model.GPT.__init__\n"
-        "def broken(self, *a, **k):\n    old(self, *a, **k)\n    self.wte.weight.data.fill_(float('nan'))\n"
+        "def broken(self, *a, **k):\n    old(self, *a, **k)\n    self.wte.data.fill_(float('nan'))\n"
         "model.GPT.__init__ = broken\nsys.exit(worker.main())\n"
     )
     found = probe(SHAPE, STEP, argv=[sys.executable, str(script)])
