@@ -22,6 +22,7 @@ COMMANDS = {  # and the module each lives in
     "gpus": "planning",
     "doctor": "doctor",
     "probe": "probing",
+    "tune": "tuning",
     "train": "training",
     "sample": "training",
     "report": "reporting",

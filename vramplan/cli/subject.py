@@ -39,6 +39,22 @@ def read_subject(subject: Path, rank: int) -> tuple[Shape, StepConfig, dict[str,
     return config.shape, config.step_config, config.plan.model_dump(), {}
 
 
+def read_config(subject: Path, rank: int) -> RunConfig:
+    """The complete run configuration of the same. Raises ConfigError."""
+    if _is_json(subject):
+        from ..report.exports import run_config
+
+        data, configs = read_plans(subject)
+        if rank > len(configs):
+            raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {subject}"))
+        return run_config(data, rank)
+    if subject.is_dir():
+        from ..trainer.rundir import RunDirectory
+
+        return RunDirectory(subject).stored_config()
+    return RunConfig.load(subject)
+
+
 def _is_json(path: Path) -> bool:
     """Whether a file holds an object in JSON rather than TOML, whatever it is called."""
     if not path.is_file():

@@ -57,6 +57,10 @@ WARM_UP = 2
 """Steps that are not timed: in the first kernels are compiled and tuned, in the second the allocator settles."""
 
 
+MOST_STEPS = 200
+"""Steps after which even the shortest ones have been timed well enough."""
+
+
 def measure_card(
     shape: Shape,
     step: StepConfig,
@@ -65,9 +69,10 @@ def measure_card(
     steps: int = 4,
     cap_bytes: int | None = None,
     everything: bool = False,
+    seconds: float = 0.0,
     doing: Callable[[str], None] = lambda what: None,
 ) -> CardMeasurement:
-    """Run ``steps`` optimizer steps of the workload on ``device``.
+    """Run ``steps`` optimizer steps of the workload on ``device``, more if they do not take ``seconds``.
 
     ``cap_bytes`` is what the process may have, context included, as on a smaller card (``context_bytes`` is taken off
     for the allocator). ``everything``: also save a checkpoint and resume from it. ``doing`` is told what is being done.
@@ -78,7 +83,7 @@ def measure_card(
     log = _Log(device)
     error = ""
     try:
-        _run(shape, step, log, steps, everything, doing)
+        _run(shape, step, log, (steps, seconds), everything, doing)
     except (RuntimeError, MemoryError) as failure:
         if not out_of_memory(failure):
             raise
@@ -180,7 +185,9 @@ def _run(shape: Shape, step: StepConfig, log: _Log, steps: int, everything: bool
         ours, loop = None, ScriptLoop(shape, step, device)
         log.peaks.enter("step")
         run = lambda: loop.run(draw)  # noqa: E731
-    for number in range(steps):
+    steps, seconds = least
+    number = 0
+    while number < steps or (sum(log.seconds[WARM_UP:]) < seconds and number < MOST_STEPS):
         doing("compiling and running the first step" if step.compile and not number else f"running step {number + 1}")
         _wait(device)
         start = time.perf_counter()
@@ -189,6 +196,7 @@ def _run(shape: Shape, step: StepConfig, log: _Log, steps: int, everything: bool
         log.seconds.append(time.perf_counter() - start)
         if not number:
             log.first_peak = max(log.peaks.found.values(), default=None)
+        number += 1
     if ours is not None and everything:
         ours.save_and_resume()
 

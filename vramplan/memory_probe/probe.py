@@ -52,6 +52,7 @@ def probe(
     seconds: float | None = None,
     host_bytes: int | None = None,
     alloc_conf: str = "",
+    timed_seconds: float = 0.0,
     doing: Doing = lambda what: None,
     argv: Sequence[str] | None = None,
 ) -> Measurement:
@@ -59,8 +60,8 @@ def probe(
 
     ``cap_bytes`` makes the card behave like a smaller one, on a CPU it limits the child's memory. ``everything`` also
     measures evaluation, saving and resuming. ``seconds`` and ``host_bytes`` (resident) limit the child; by default ten
-    minutes, half an hour when it compiles, and what host memory is free. ``alloc_conf`` is PYTORCH_ALLOC_CONF. ``argv``
-    is another worker, for tests.
+    minutes, half an hour when it compiles, and what host memory is free. ``alloc_conf`` is PYTORCH_ALLOC_CONF.
+    ``timed_seconds``: go on until so much has been timed. ``argv`` is another worker, for tests.
 
     Raises ConfigError for what no child could run.
     """
@@ -72,6 +73,7 @@ def probe(
     host = _host_limit(host_bytes)
     request = {
         "shape": asdict(shape), "step": asdict(step), "steps": steps, "cap_bytes": cap_bytes, "everything": everything,
+        "timed_seconds": timed_seconds,
         "host_bytes": cap_bytes if step.device == "cpu" else None,
     }  # fmt: skip
     limits = Limits(seconds or (COMPILED_SECONDS if step.compile else EAGER_SECONDS), host)

@@ -78,7 +78,7 @@ def _on_card(shape: Any, step: Any, request: dict[str, Any], report: Report, tor
     device = torch.device("cuda", torch.cuda.current_device())
     found = measure_card(
         shape, step, device, steps=request["steps"], cap_bytes=request["cap_bytes"], everything=request["everything"],
-        doing=report.doing,
+        seconds=request["timed_seconds"], doing=report.doing,
     )  # fmt: skip
     if found.error:
         report.write("partly", allocated_bytes=found.allocated_bytes, reserved_bytes=found.reserved_bytes)
@@ -120,7 +120,9 @@ def _on_cpu(shape: Any, step: Any, request: dict[str, Any], report: Report, torc
             "method": "tensors counted", "allocated_bytes": max(in_step.values()),
             "phase_peaks": peaks if request["everything"] else in_step,
         }  # fmt: skip
-    timed = measure_card(shape, step, torch.device("cpu"), steps=request["steps"], doing=report.doing)
+    timed = measure_card(
+        shape, step, torch.device("cpu"), steps=request["steps"], seconds=request["timed_seconds"], doing=report.doing
+    )
     if timed.error:
         raise MemoryError(timed.error)
     return {

@@ -26,15 +26,19 @@ def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) ->
 
 
 def refitted(config: RunConfig, plans: PlanSet) -> RunConfig:
-    """``config`` with its steps run as the best of ``plans`` says; evaluation covers no less text than before."""
-    best, train = plans.plans[0], config.train.model_dump(exclude_none=True)
-    blocks = config.train.eval_batches * config.step.batch_size
-    train["eval_batches"] = -(-blocks // int(best.step.batch_size))
+    """``config`` with its steps run as the best of ``plans`` says."""
+    best = plans.plans[0]
     section = _plan_section(plans.as_dict(), 1) | {"target_parameters": config.plan.target_parameters}
-    return RunConfig.build(
-        best.shape, best.step, train=train, data=config.data.model_dump(),
-        plan={k: v for k, v in section.items() if v is not None},
-    )  # fmt: skip
+    return with_step(config, best.shape, best.step, section)
+
+
+def with_step(config: RunConfig, shape: Shape, step: StepConfig, plan: dict[str, Any]) -> RunConfig:
+    """``config`` with another shape or step; evaluation covers no less text than before."""
+    train = config.train.model_dump(exclude_none=True)
+    blocks = config.train.eval_batches * config.step.batch_size
+    train["eval_batches"] = -(-blocks // int(step.batch_size))
+    known = {k: v for k, v in plan.items() if v is not None}
+    return RunConfig.build(shape, step, train=train, data=config.data.model_dump(), plan=known)
 
 
 def _plan_section(data: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -1,0 +1,389 @@
+"""The autotuner: an Optuna study over ways to run the same steps, each measured once in a child process.
+
+The arms are what the planner's search found possible, best first; it decides where the study begins. Then one setting
+is varied at a time, from the best known arm; then the settings that did best are combined; from there on Optuna's TPE
+proposes. An arm that the estimate does not let into the memory, or that ran out of it, is a violated constraint with no
+tokens per second: a failed trial would teach the sampler nothing. A trial is stored before its result counts, so that a
+study can be killed at any time and goes on from where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, Problem, VramplanError
+from ..planner.shape import Shape
+from ..planner.step import StepConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+Params = dict[str, Any]
+Key = tuple[Any, ...]
+
+SETTINGS = ("shape", "batch_size", "compile", "loss", "checkpointing", "optimizer", "allocator")
+"""What an arm may differ in. dtype and tokens per step stay: they change what is trained."""
+
+LEVELS = 6
+"""Values of one setting that are tried around the best arm, the planner's favourites first."""
+
+GAIN = 0.01
+"""An improvement by less is none: repeated timings differ by as much."""
+
+PATIENCE = 10
+"""Measured arms without an improvement after which the study has reached its plateau."""
+
+STALE_SECONDS = 7200.0
+"""A trial of another machine that has run for so long is given up."""
+
+VIOLATED = "fits"
+"""Name of the constraint: above 0 is the share by which memory was missed, or 1 where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to run the steps. ``rank`` is its place in the planner's order, ``predicted`` its tokens/s if known."""
+
+    shape: Shape
+    step: StepConfig
+    alloc_conf: str = ""
+    rank: int = 0
+    predicted: float | None = None
+
+    @property
+    def params(self) -> Params:
+        """Its settings as Optuna's parameters."""
+        step = self.step
+        loss = f"chunked {step.loss_chunk_tokens}" if step.loss == "chunked" else "full"
+        return {
+            "shape": self.shape.label, "batch_size": int(step.batch_size), "compile": step.compile, "loss": loss,
+            "checkpointing": step.checkpointing, "optimizer": step.optimizer, "allocator": self.alloc_conf or "default",
+        }  # fmt: skip
+
+    @property
+    def key(self) -> Key:
+        """The same as something to look up."""
+        return key_of(self.params)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What measuring an arm gave: tokens/s, or None and by which share memory was missed (``violation``, above 0).
+
+    ``outcome`` is the measurement's, or ``estimate`` when the estimate alone ruled it out; ``failed`` neither fits nor
+    speaks about memory.
+    """
+
+    outcome: str
+    tokens_per_second: float | None = None
+    violation: float | None = None
+    reason: str = ""
+    measurement: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it says nothing: neither speed nor memory."""
+        return self.tokens_per_second is None and self.violation is None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One arm of the study with its result, in the order in which they ended."""
+
+    number: int
+    arm: Arm
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """How a study stands. ``stopped`` says why no further arm was measured."""
+
+    trials: tuple[Trial, ...]
+    arms: int
+    stopped: str
+    best: Trial | None = field(default=None)
+
+    @property
+    def probes(self) -> int:
+        """Arms that touched the device."""
+        return sum(t.result.outcome != "estimate" for t in self.trials)
+
+
+Measure = Callable[[Arm], Result]
+OnTrial = Callable[[Trial, Trial | None], None]
+
+
+def key_of(params: Params) -> Key:
+    """Parameters as something to look up."""
+    return tuple(params.get(name) for name in SETTINGS)
+
+
+def open_study(storage: str, name: str, seed: int = 0) -> optuna.Study:
+    """Open or create the study. ``storage`` is any URL Optuna takes, or the path of a journal file (``*.journal``).
+
+    Raises ConfigError when the storage cannot be used.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
+    try:
+        found: Any = storage
+        if storage.endswith(".journal"):
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+
+            found = JournalStorage(JournalFileBackend(storage))
+        return optuna.create_study(
+            storage=found, study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
+        )
+    except Exception as error:  # SQLAlchemy's, the database driver's or the file system's
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "use sqlite:///FILE, a FILE.journal, or another of Optuna's URLs"
+        raise ConfigError(Problem("--storage", storage, f"cannot be used ({first})", remedy)) from None
+
+
+def tune(
+    study: optuna.Study,
+    arms: Sequence[Arm],
+    measure: Measure,
+    *,
+    seconds: float = math.inf,
+    trials: int | None = None,
+    patience: int = PATIENCE,
+    on_trial: OnTrial = lambda trial, best: None,
+) -> Tuned:
+    """Measure arms until nothing better has come for ``patience`` of them, or time, trials or arms are used up.
+
+    ``arms`` in the planner's order, best first, those that the estimate rules out last. What the study knows already
+    counts and is not measured again. When ``measure`` is interrupted the study is left as it is, without the arm that
+    was being measured.
+    """
+    if not arms:
+        raise ConfigError(Problem("arms", "missing", "there is nothing to try", "allow more settings"))
+    return _Tuner(study, arms, measure).run(seconds, trials or len(arms), patience, on_trial)
+
+
+class _Tuner:
+    """A study in progress."""
+
+    def __init__(self, study: optuna.Study, arms: Sequence[Arm], measure: Measure) -> None:
+        self._study, self._measure = study, measure
+        self._arms = {arm.key: arm for arm in arms}
+        self._levels = {name: sorted({arm.params[name] for arm in arms}) for name in SETTINGS}
+        _check_space(study, self._levels)
+        self._give_up_stale()
+
+    def run(self, seconds: float, most: int, patience: int, on_trial: OnTrial) -> Tuned:
+        """Go on until one of the ends is reached."""
+        start = time.monotonic()
+        while not (stopped := self._reason_to_stop(start, seconds, most, patience)):
+            trial = self._next_trial()
+            if trial is None:
+                stopped = "every arm has been tried"
+                break
+            arm = self._arms[key_of(trial.params)]
+            try:
+                result = self._measure(arm)
+            except BaseException:
+                self._study.tell(trial, state=_states().FAIL)
+                raise
+            done = self._finish(trial, arm, result)
+            on_trial(done, self._best())
+        return Tuned(tuple(self._trials()), len(self._arms), stopped, self._best())
+
+    # ---------------------------------------------------------------- what is known
+
+    def _trials(self) -> list[Trial]:
+        """Finished trials of arms that are still arms."""
+        found = []
+        for trial in self._study.get_trials(deepcopy=False):
+            arm = self._arms.get(key_of(trial.params))
+            if arm is not None and "outcome" in trial.user_attrs and trial.state.is_finished():
+                found.append(Trial(trial.number, arm, _result(trial.user_attrs)))
+        return found
+
+    def _best(self) -> Trial | None:
+        running = [t for t in self._trials() if t.result.tokens_per_second is not None]
+        return max(running, key=lambda t: t.result.tokens_per_second or 0.0, default=None)
+
+    def _taken(self) -> set[Key]:
+        """Arms that are measured, or being measured by somebody."""
+        states = _states()
+        return {
+            key_of(t.params)
+            for t in self._study.get_trials(deepcopy=False)
+            if t.state == states.RUNNING or "outcome" in t.user_attrs
+        }
+
+    def _reason_to_stop(self, start: float, seconds: float, most: int, patience: int) -> str:
+        trials = self._trials()
+        probed = [t for t in trials if t.result.outcome != "estimate"]
+        if len(probed) >= most:
+            return f"{len(probed)} arms measured"
+        if time.monotonic() - start >= seconds:
+            return "the time is used up"
+        best, since = 0.0, 0
+        for trial in probed:
+            rate = trial.result.tokens_per_second or 0.0
+            best, since = (rate, 0) if rate > best * (1 + GAIN) else (max(best, rate), since + 1)
+        if since >= patience and next(self._first_arms(), None) is None:
+            return f"no improvement by {GAIN:.0%} in {since} arms"
+        return ""
+
+    # ---------------------------------------------------------------- what to try next
+
+    def _next_trial(self) -> optuna.Trial | None:
+        """A trial of an arm that nobody has tried: the next of the first arms, then what TPE proposes."""
+        taken = self._taken()
+        left = [arm for key, arm in self._arms.items() if key not in taken]
+        if not left:
+            return None
+        chosen = next(self._first_arms(), None)
+        if chosen is None:
+            proposed = self._propose(taken)
+            if proposed is not None:
+                return proposed
+            chosen = max(left, key=self._expected)
+        self._study.enqueue_trial(chosen.params)
+        return self._ask()
+
+    def _ask(self) -> optuna.Trial:
+        import optuna
+
+        trial = self._study.ask(
+            {name: optuna.distributions.CategoricalDistribution(levels) for name, levels in self._levels.items()}
+        )
+        trial.set_user_attr("host", platform.node())
+        trial.set_user_attr("pid", os.getpid())
+        return trial
+
+    def _propose(self, taken: set[Key]) -> optuna.Trial | None:
+        """What the sampler wants next, if that is an arm and new; a few tries, whose trials are closed again."""
+        for _ in range(5):
+            trial = self._ask()
+            key = key_of(trial.params)
+            if key in self._arms and key not in taken:
+                return trial
+            self._study.tell(trial, state=_states().PRUNED)
+        return None
+
+    def _first_arms(self) -> Iterator[Arm]:
+        """The planner's best; then one setting at a time from the best known arm; then the best levels together."""
+        taken = self._taken()
+        first = next(iter(self._arms.values()))
+        if first.key not in taken:
+            yield first
+            return
+        known = self._best()
+        base = known.arm if known else first
+        for name in SETTINGS:
+            varied = [
+                arm
+                for arm in self._arms.values()
+                if all(arm.params[other] == base.params[other] for other in SETTINGS if other != name)
+            ]
+            yield from (arm for arm in varied[: LEVELS + 1] if arm.key not in taken)
+        together = {}
+        for name, levels in self._levels.items():
+            effects = [self._effect(name, level) for level in levels]
+            together[name] = levels[effects.index(max(effects))]
+        combined = self._arms.get(key_of(together))
+        if combined is not None and combined.key not in taken:
+            yield combined
+
+    def _effect(self, name: str, level: Any) -> float:
+        """Mean log of tokens/s of the measured arms with this level, against those that differ in it alone."""
+        rates = {t.arm.key: math.log(t.result.tokens_per_second) for t in self._trials() if t.result.tokens_per_second}
+        index = SETTINGS.index(name)
+        gains = []
+        for key, rate in rates.items():
+            if key[index] == level:
+                rest = [r for k, r in rates.items() if k[:index] == key[:index] and k[index + 1 :] == key[index + 1 :]]
+                gains.append(rate - sum(rest) / len(rest))
+        return sum(gains) / len(gains) if gains else -math.inf
+
+    def _expected(self, arm: Arm) -> tuple[float, int]:
+        """How promising an arm is that nobody has tried: what its levels did elsewhere, then the planner's order."""
+        effects = [self._effect(name, value) for name, value in arm.params.items()]
+        return sum(e for e in effects if e > -math.inf), -arm.rank
+
+    # ---------------------------------------------------------------- storing
+
+    def _finish(self, trial: optuna.Trial, arm: Arm, result: Result) -> Trial:
+        """Store the result before the trial is closed: whatever happens in between, nothing is lost."""
+        attributes = {name: getattr(result, name) for name in Result.__dataclass_fields__}
+        attributes["outcome"] = attributes.pop("outcome")  # last: with it the trial counts as finished
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        self._close(trial, result)
+        return Trial(trial.number, arm, result)
+
+    def _close(self, trial: Any, result: Result) -> None:
+        if result.failed:
+            self._study.tell(trial, state=_states().FAIL)
+            return
+        trial.set_constraint(VIOLATED, result.violation if result.violation is not None else 0.0)
+        self._study.tell(trial, result.tokens_per_second or 0.0)
+
+    def _give_up_stale(self) -> None:
+        """Trials whose process is gone: finished ones are closed with their result, the others were never measured."""
+        import optuna
+
+        states = _states()
+        for frozen in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+            if not _abandoned(frozen):
+                continue
+            trial = optuna.Trial(self._study, frozen._trial_id)
+            if "outcome" in frozen.user_attrs:
+                self._close(trial, _result(frozen.user_attrs))
+            else:
+                self._study.tell(trial, state=states.FAIL)
+
+
+def _states() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState
+
+
+def _result(attributes: dict[str, Any]) -> Result:
+    known: dict[str, Any] = {n: attributes[n] for n in Result.__dataclass_fields__ if n in attributes}
+    return Result(**known)
+
+
+def _abandoned(trial: Any) -> bool:
+    """Whether nobody works on a running trial any more: its process here is gone, or it is too old."""
+    if trial.datetime_start is not None and time.time() - trial.datetime_start.timestamp() > STALE_SECONDS:
+        return True
+    if trial.user_attrs.get("host") != platform.node():
+        return False
+    pid = trial.user_attrs.get("pid")
+    if pid is None or pid == os.getpid():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def _check_space(study: optuna.Study, levels: dict[str, list[Any]]) -> None:
+    """A study's parameters keep their choices for good. Raises VramplanError when these are others."""
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            known = list(getattr(distribution, "choices", ()))
+            if name in levels and known != levels[name]:
+                raise VramplanError(
+                    f"the study {study.study_name} was begun over other choices of {name} ({known}); "
+                    "begin another with --study NAME"
+                )
