@@ -2,9 +2,9 @@
 
     python benchmarks/tuner_against_exhaustive.py [--record tests/data/tuner_timings.json]
 
-Every arm of a small model is probed, in random order; then the tuner may probe a third of them, anew. Its winner and the
-exhaustive best run in turn, in one process, 30 pairs of steps: their ratio is the answer. The recorded rates of the
-exhaustive pass are what the tests replay.
+Every arm of a small model is probed, in random order; then the tuner may probe a third of them, anew. Its winner and
+the exhaustive best run in turn, in one process, 30 pairs of steps: their ratio is the answer. The recorded rates of
+the exhaustive pass are what the tests replay.
 """
 
 from __future__ import annotations

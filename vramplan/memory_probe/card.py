@@ -169,7 +169,15 @@ class FollowedPhase(Phase):
         self._name = name
 
 
-def _run(shape: Shape, step: StepConfig, log: _Log, steps: int, everything: bool, doing: Callable[[str], None]) -> None:
+def _run(
+    shape: Shape,
+    step: StepConfig,
+    log: _Log,
+    least: tuple[int, float],
+    everything: bool,
+    doing: Callable[[str], None],
+) -> None:
+    """``least``: steps, and seconds of those that are timed."""
     device = log.device
 
     def draw() -> tuple[Tensor, Tensor]:
