@@ -202,13 +202,13 @@ class _Tuner:
     # ---------------------------------------------------------------- what is known
 
     def _trials(self) -> list[Trial]:
-        """Finished trials of arms that are still arms."""
-        found = []
+        """Finished trials of arms that are still arms; the first, where two sessions took the same."""
+        found: dict[Key, Trial] = {}
         for trial in self._study.get_trials(deepcopy=False):
             arm = self._arms.get(key_of(trial.params))
             if arm is not None and "outcome" in trial.user_attrs and trial.state.is_finished():
-                found.append(Trial(trial.number, arm, _result(trial.user_attrs)))
-        return found
+                found.setdefault(arm.key, Trial(trial.number, arm, _result(trial.user_attrs)))
+        return list(found.values())
 
     def _best(self) -> Trial | None:
         running = [t for t in self._trials() if t.result.tokens_per_second is not None]
