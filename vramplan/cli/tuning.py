@@ -66,7 +66,7 @@ def tune(
     """
     from ..memory_probe.arms import TIMED_SECONDS
     from ..memory_probe.probe import card_of, probe
-    from ..memory_probe.tuner import open_study
+    from ..memory_probe.tuner import open_study, session_lock
     from ..memory_probe.tuner import tune as run_study
     from ..report.tuning import as_dict, print_tuned, progress_line, save_plot
 
@@ -86,7 +86,7 @@ def tune(
     again = command("vramplan", *sys.argv[1:])
     try:
         tuned = run_study(
-            opened, space.arms(), measure, seconds=(given["minutes"] or math.inf) * 60, trials=given["trials"],
+            opened, space.arms(), measure, lock=session_lock(where), seconds=(given["minutes"] or math.inf) * 60, trials=given["trials"],
             patience=given["patience"], on_trial=lambda trial, best: click.echo(progress_line(trial, best), err=True),
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ study can be killed at any time and goes on from where it was.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -33,6 +34,9 @@ SETTINGS = ("shape", "batch_size", "compile", "loss", "checkpointing", "optimize
 LEVELS = 6
 """Values of one setting that are tried around the best arm, the planner's favourites first."""
 
+PROPOSALS, ATTEMPTS = 5, 50
+"""How often the sampler is asked before it is told what to try, and how often in all."""
+
 GAIN = 0.01
 """An improvement by less is none: repeated timings differ by as much."""
 
@@ -41,6 +45,9 @@ PATIENCE = 10
 
 STALE_SECONDS = 7200.0
 """A trial of another machine that has run for so long is given up."""
+
+BUSY_SECONDS = 60.0
+"""How long another session's write to a SQLite study is waited for."""
 
 VIOLATED = "fits"
 """Name of the constraint: above 0 is the share by which memory was missed, or 1 where that is not known."""
@@ -141,6 +148,9 @@ def open_study(storage: str, name: str, seed: int = 0) -> optuna.Study:
             from optuna.storages.journal import JournalFileBackend
 
             found = JournalStorage(JournalFileBackend(storage))
+        elif storage.startswith("sqlite"):
+            waiting = {"connect_args": {"timeout": BUSY_SECONDS}}
+            found = optuna.storages.RDBStorage(storage, engine_kwargs=waiting)
         return optuna.create_study(
             storage=found, study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
         )
@@ -150,11 +160,22 @@ def open_study(storage: str, name: str, seed: int = 0) -> optuna.Study:
         raise ConfigError(Problem("--storage", storage, f"cannot be used ({first})", remedy)) from None
 
 
+def session_lock(storage: str) -> contextlib.AbstractContextManager[object]:
+    """What a session holds while it takes a trial: SQLite would give the same enqueued one to two of them."""
+    path = storage.removeprefix("sqlite:///")
+    if path == storage or not path or path == ":memory:":
+        return contextlib.nullcontext()
+    from filelock import FileLock
+
+    return FileLock(f"{path}.lock")
+
+
 def tune(
     study: optuna.Study,
     arms: Sequence[Arm],
     measure: Measure,
     *,
+    lock: contextlib.AbstractContextManager[object] | None = None,
     seconds: float = math.inf,
     trials: int | None = None,
     patience: int = PATIENCE,
@@ -163,29 +184,39 @@ def tune(
     """Measure arms until nothing better has come for ``patience`` of them, or time, trials or arms are used up.
 
     ``arms`` in the planner's order, best first, those that the estimate rules out last. What the study knows already
-    counts and is not measured again. When ``measure`` is interrupted the study is left as it is, without the arm that
-    was being measured.
+    counts and is not measured again. ``lock`` is held while an arm is taken (:func:`session_lock`). When ``measure`` is
+    interrupted the study is left as it is, without the arm that was being measured.
     """
     if not arms:
         raise ConfigError(Problem("arms", "missing", "there is nothing to try", "allow more settings"))
-    return _Tuner(study, arms, measure).run(seconds, trials or len(arms), patience, on_trial)
+    return _Tuner(study, arms, measure, lock or contextlib.nullcontext()).run(
+        seconds, trials or len(arms), patience, on_trial
+    )
 
 
 class _Tuner:
     """A study in progress."""
 
-    def __init__(self, study: optuna.Study, arms: Sequence[Arm], measure: Measure) -> None:
-        self._study, self._measure = study, measure
+    def __init__(
+        self,
+        study: optuna.Study,
+        arms: Sequence[Arm],
+        measure: Measure,
+        lock: contextlib.AbstractContextManager[object],
+    ) -> None:
+        self._study, self._measure, self._lock = study, measure, lock
         self._arms = {arm.key: arm for arm in arms}
         self._levels = {name: sorted({arm.params[name] for arm in arms}) for name in SETTINGS}
         _check_space(study, self._levels)
-        self._give_up_stale()
+        with self._lock:
+            self._give_up_stale()
 
     def run(self, seconds: float, most: int, patience: int, on_trial: OnTrial) -> Tuned:
         """Go on until one of the ends is reached."""
         start = time.monotonic()
         while not (stopped := self._reason_to_stop(start, seconds, most, patience)):
-            trial = self._next_trial()
+            with self._lock:
+                trial = self._next_trial()
             if trial is None:
                 stopped = "every arm has been tried"
                 break
@@ -242,38 +273,41 @@ class _Tuner:
 
     def _next_trial(self) -> optuna.Trial | None:
         """A trial of an arm that nobody has tried: the next of the first arms, then what TPE proposes."""
-        taken = self._taken()
-        left = [arm for key, arm in self._arms.items() if key not in taken]
-        if not left:
-            return None
-        chosen = next(self._first_arms(), None)
-        if chosen is None:
-            proposed = self._propose(taken)
-            if proposed is not None:
-                return proposed
-            chosen = max(left, key=self._expected)
-        self._study.enqueue_trial(chosen.params)
-        return self._ask()
-
-    def _ask(self) -> optuna.Trial:
-        import optuna
-
-        trial = self._study.ask(
-            {name: optuna.distributions.CategoricalDistribution(levels) for name, levels in self._levels.items()}
-        )
-        trial.set_user_attr("host", platform.node())
-        trial.set_user_attr("pid", os.getpid())
-        return trial
-
-    def _propose(self, taken: set[Key]) -> optuna.Trial | None:
-        """What the sampler wants next, if that is an arm and new; a few tries, whose trials are closed again."""
-        for _ in range(5):
-            trial = self._ask()
-            key = key_of(trial.params)
-            if key in self._arms and key not in taken:
+        for attempt in range(ATTEMPTS):
+            taken = self._taken()
+            left = [arm for key, arm in self._arms.items() if key not in taken]
+            if not left:
+                return None
+            chosen = next(self._first_arms(), None)
+            if chosen is None and attempt >= PROPOSALS:
+                chosen = max(left, key=self._expected)
+            trial = self._ask(chosen)
+            if self._is_ours(trial):
                 return trial
             self._study.tell(trial, state=_states().PRUNED)
         return None
+
+    def _ask(self, arm: Arm | None) -> optuna.Trial:
+        """A trial of this arm, or of what the sampler wants; another session may snatch an enqueued one."""
+        import optuna
+
+        if arm is not None:
+            self._study.enqueue_trial(arm.params)
+        trial = self._study.ask(
+            {name: optuna.distributions.CategoricalDistribution(levels) for name, levels in self._levels.items()}
+        )
+        trial.set_user_attr("session", [platform.node(), os.getpid()])
+        return trial
+
+    def _is_ours(self, trial: optuna.Trial) -> bool:
+        """Whether it is an arm, and no other trial has it; of two that run at once the first goes on."""
+        key = key_of(trial.params)
+        running = _states().RUNNING
+        return key in self._arms and not any(
+            "outcome" in other.user_attrs or (other.state == running and other.number < trial.number)
+            for other in self._study.get_trials(deepcopy=False)
+            if other.number != trial.number and key_of(other.params) == key
+        )
 
     def _first_arms(self) -> Iterator[Arm]:
         """The planner's best; then one setting at a time from the best known arm; then the best levels together."""
@@ -363,10 +397,10 @@ def _abandoned(trial: Any) -> bool:
     """Whether nobody works on a running trial any more: its process here is gone, or it is too old."""
     if trial.datetime_start is not None and time.time() - trial.datetime_start.timestamp() > STALE_SECONDS:
         return True
-    if trial.user_attrs.get("host") != platform.node():
+    host, pid = trial.user_attrs.get("session", ("", 0))
+    if host != platform.node():
         return False
-    pid = trial.user_attrs.get("pid")
-    if pid is None or pid == os.getpid():
+    if pid == os.getpid():
         return True
     try:
         os.kill(int(pid), 0)
