@@ -220,7 +220,8 @@ def measure(arm):
 def done(trial, best):
     with open(sys.argv[3], "a") as f:
         f.write(json.dumps(list(trial.arm.key)) + "\\n")
-tune(open_study(sys.argv[2], "s"), SPACE.arms()[:int(sys.argv[4])], measure, patience=10**6, on_trial=done, lock=session_lock(sys.argv[2]))
+storage, arms = sys.argv[2], SPACE.arms()[:int(sys.argv[4])]
+tune(open_study(storage, "s"), arms, measure, patience=10**6, on_trial=done, lock=session_lock(storage))
 """
 
 

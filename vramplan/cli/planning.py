@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import rich_click as click
 
-from ..errors import Collector, ConfigError, Problem, command
+from ..device import live_gpu
+from ..errors import Collector, ConfigError, DoesNotFitError, Problem, command
 from ..files import write_text
 from ..planner.candidates import settle_shapes
 from ..planner.gpu import find_gpu, load_gpus
@@ -21,6 +22,7 @@ from ..planner.shape import Shape, check_shape
 from ..planner.step import (
     Checkpointing,
     Optimizer,
+    StepConfig,
     check,
 )
 from .options import (
@@ -84,6 +86,10 @@ search_options = options(
 @shape_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-o", "--output", type=FilePath(), help="Write the plans to FILE (JSON).")
+@click.option(
+    "--confirm/--no-confirm", default=None,
+    help="Run the best plans for a few steps until one holds. [default: with --train, where the card is]",
+)  # fmt: skip
 @click.option("--train", "start", is_flag=True, help="Start the trainer on the best plan.")
 @click.option("--data", metavar="FILE|DIR|GLOB", help="With --train: the Parquet files.")
 @click.option("--out", type=FilePath(), help="With --train: the run directory.")
@@ -91,6 +97,7 @@ search_options = options(
 def plan(
     as_json: bool,
     output: Path | None,
+    confirm: bool | None,
     start: bool,
     data: str | None,
     out: Path | None,
@@ -116,21 +123,55 @@ def plan(
     if any(problem.field == "--tokens-per-step" for problem in collect.problems):
         search["tokens_per_step"] = 512 * search["block_size"]  # any that is legal: one problem is enough
     target, assumed, plans = search_plans(search, collect)
+    if confirm is None:
+        confirm = start and target.device == "cuda" and live_gpu() is not None
+    confirmation = confirmed(plans) if confirm else None
+    found = plans.as_dict() | ({"confirmation": confirmation.as_dict()} if confirmation else {})
     if output is not None:
-        write_text(output, json.dumps(plans.as_dict(), indent=1) + "\n", "--output")
+        write_text(output, json.dumps(found, indent=1) + "\n", "--output")
     if as_json:
-        click.echo(json.dumps(plans.as_dict()))
+        click.echo(json.dumps(found))
     else:
         from ..report.plans import print_plans
 
         asked = search["no_compile"] or search["compile_"] != "auto"
         notes = (*target.notes, *assumed, *(() if asked else (target.compile_note,)))
         print_plans(plans, notes, saved_as=output, goes_on=start)
+        if confirmation is not None:
+            from ..report.probes import print_confirmation
+
+            print_confirmation(confirmation)
+    if confirmation is not None and confirmation.rank is None:
+        raise SystemExit(DoesNotFitError.exit_code)
     if start and data is not None and out is not None:
         from .training import start_training
 
-        config = config_of(plans.plans[0], plans, max_steps)
+        best = confirmation.rank if confirmation is not None and confirmation.rank else 1
+        config = config_of(plans.plans[best - 1], plans, max_steps)
         start_training(config, data, out, resume=False, replan=None, to_stderr=as_json)
+
+
+def confirmed(plans: PlanSet) -> Any:
+    """Real passes: of the plans themselves where they can run, else of the best one's small stand-in on the CPU."""
+    from ..memory_probe.confirm import confirm_here, confirm_in_small
+    from ..memory_probe.probe import probe
+    from .probing import keep, progress
+
+    best, budget, doing = plans.plans[0], plans.budget.budget_bytes, progress()
+    here = best.step.device == "cpu" or live_gpu() is not None
+
+    def run(shape: Shape, step: StepConfig) -> Any:
+        cap = budget if here and step.device == "cuda" else None  # as on the card that was planned for
+        found = probe(shape, step, steps=3, cap_bytes=cap, doing=doing)
+        keep(None, [found])
+        return found
+
+    if here:
+        return confirm_here(plans.plans, budget, run)
+    if best.step.workload != "vramplan":
+        rule = "is another script's memory, which only the card can confirm"
+        raise ConfigError(Problem("--confirm", best.step.workload, rule, "leave it out"))
+    return confirm_in_small(best, run)
 
 
 def search_plans(search: dict[str, Any], collect: Collector) -> tuple[Target, list[str], PlanSet]:

@@ -86,7 +86,8 @@ def tune(
     again = command("vramplan", *sys.argv[1:])
     try:
         tuned = run_study(
-            opened, space.arms(), measure, lock=session_lock(where), seconds=(given["minutes"] or math.inf) * 60, trials=given["trials"],
+            opened, space.arms(), measure, lock=session_lock(where),
+            seconds=(given["minutes"] or math.inf) * 60, trials=given["trials"],
             patience=given["patience"], on_trial=lambda trial, best: click.echo(progress_line(trial, best), err=True),
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..memory_probe.confirm import Confirmation
 from ..memory_probe.measurement import Measurement
 from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
 from ..units import count, duration, gib
@@ -108,3 +109,23 @@ def print_ledger(measurements: Iterable[Measurement], path: str) -> None:
     if n:
         out.print(table)
     out.print(f"{n} measurement{'' if n == 1 else 's'} in {escape(path)}.")
+
+
+def print_confirmation(confirmation: Confirmation, out: Console | None = None) -> None:
+    """What was run to confirm a plan, and what no pass has shown."""
+    out = out or console()
+    out.print("\n[bold]Confirmation[/] by real passes")
+    for tried in confirmation.tried:
+        mark = "[green]holds[/]" if tried.holds else "[red]does not hold[/]"
+        m = tried.measurement
+        where = f" on {escape(m.device)}" if m.device else ""
+        sizes = f"; {gib(m.allocated_bytes)} allocated, {gib(m.expected_allocated_bytes)} estimated" if (
+            m.allocated_bytes
+        ) else ""  # fmt: skip
+        out.print(f"  plan {tried.rank} {mark}{where}: {escape(tried.why)}{sizes}")
+    if confirmation.unconfirmed:
+        out.print(f"  not confirmed without the card: {', '.join(confirmation.unconfirmed)}")
+    if confirmation.rank is None:
+        out.print("  [red]No plan is confirmed.[/]")
+    elif confirmation.rank > 1:
+        out.print(f"  Take plan {confirmation.rank}: vramplan apply plan.json --rank {confirmation.rank}")
