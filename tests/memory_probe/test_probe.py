@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import textwrap
 from dataclasses import replace
@@ -129,6 +130,22 @@ def test_a_loss_that_is_no_number_is_a_failure_and_not_a_lack_of_memory(tmp_path
     )
     found = probe(SHAPE, STEP, argv=[sys.executable, str(script)])
     assert (found.outcome, "not finite" in found.reason) == ("not_memory", True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_a_worker_that_is_killed_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal, sys, torch\nfrom vramplan.trainer import step\nfrom vramplan.memory_probe import worker\n"
+        "steps = []\n"
+        "def update(self):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) == 5:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return old(self)\n"
+        "old, step.TrainStep.update = step.TrainStep.update, update\nsys.exit(worker.main())\n"
+    )
+    found = probe(SHAPE, STEP, argv=[sys.executable, str(script)])
+    assert (found.outcome, found.reason) == ("killed", "killed from outside (SIGKILL) while running step 2")
 
 
 def test_figures_that_make_no_sense_are_not_believed() -> None:
