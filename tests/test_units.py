@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vramplan.errors import ConfigError
-from vramplan.units import GIB, count, duration, gib, parse_bytes, parse_count
+from vramplan.units import GIB, count, duration, gib, parse_bytes, parse_count, parse_time
 
 
 @pytest.mark.parametrize(
@@ -161,3 +161,22 @@ def test_counts_are_shown_short(n: int, shown: str) -> None:
 )
 def test_durations_read_well(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2026-11-21", "2026-11-21T00:00:00+00:00"),
+        ("2026-11-21T00:30:00+01:00", "2026-11-20T23:30:00+00:00"),
+        ("2026-11-21 09:30", "2026-11-21T09:30:00+00:00"),
+        ("2026-11-21T09:30:00Z", "2026-11-21T09:30:00+00:00"),
+    ],
+)
+def test_times_are_read_in_utc(text: str, shown: str) -> None:
+    assert parse_time(text).isoformat() == shown
+
+
+@pytest.mark.parametrize("text", ["", "soon", "21.11.2026", "2026-02-30", "0001-01-01T00:00+14:00"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--before=.* is not a date: write it as 2026-11-21"):
+        parse_time(text, "--before")

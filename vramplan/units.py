@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
 
 from .errors import ConfigError, Problem
 
@@ -54,6 +55,18 @@ def parse_count(text: str, field: str = "count") -> int:
     if abs(exact - value) > 1e-9 * value:
         raise ConfigError(Problem(field, text, "is not a whole number", f"write {value}"))
     return value
+
+
+def parse_time(text: str, field: str = "time") -> datetime:
+    """Parse ``2026-11-21`` or ``2026-11-21T09:30:00+01:00``, in UTC where it names no zone; in UTC.
+
+    Raises ConfigError for anything else.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):  # beyond the years 1 to 9999 once it is in UTC
+        raise ConfigError(Problem(field, text, "is not a date", "write it as 2026-11-21")) from None
 
 
 def _scaled(number: str, unit: int, field: str, text: str) -> float:

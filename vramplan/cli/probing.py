@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,12 +59,14 @@ def probe(
     vramplan probe plan.json --rank 2 --cap 11.6GiB
     vramplan probe run.toml --device cpu --phases all
 
-    Exit code: 0 it fits, 3 out of memory or spilled, 1 it failed otherwise, 2 bad input.
+    Exit code: 0 it fits, 3 out of memory or spilled, 1 it failed otherwise, 2 bad input, 130 Ctrl-C.
     """
     from ..memory_probe.probe import probe as run_probe
 
-    refused().finish()
+    _check(given)
     shape, step = configured(config, rank, device, compile_)
+    if step.device == "cpu" and given["alloc_conf"]:
+        raise ConfigError(Problem("--alloc-conf", given["alloc_conf"], "means nothing on a CPU", "leave it out"))
     found = run_probe(
         shape, step, steps=given["steps"], cap_bytes=given["cap"], everything=phases == "all",
         seconds=given["timeout"], host_bytes=given["host_memory"], alloc_conf=given["alloc_conf"], doing=progress(),
@@ -78,6 +82,17 @@ def probe(
     code = 130 if found.reason == "stopped by Ctrl-C" else EXIT_CODES[found.outcome]
     if code:
         raise SystemExit(code)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Every problem of the limits in one error; click's own range lets a number pass that is none."""
+    collect = refused()
+    for name, option in (("cap", "--cap"), ("host_memory", "--host-memory")):
+        if given[name] == 0:
+            collect.problems.append(Problem(option, "0", "must be above zero", "write a size such as 11.6GiB"))
+    if given["timeout"] is not None and math.isnan(given["timeout"]):
+        collect.problems.append(Problem("--timeout", "nan", "is no number", "write the seconds"))
+    collect.finish()
 
 
 def configured(config: Path, rank: int, device: str, compile_: bool | None) -> tuple[Shape, StepConfig]:
@@ -111,7 +126,9 @@ def keep(path: Path | None, measurements: list[Any]) -> None:
 
 
 def _note(text: str) -> None:
-    click.echo(text, err=True)
+    from ..report.console import printable
+
+    click.echo(printable(text), err=True)
 
 
 # -------------------------------------------------------------------- ledger
@@ -132,11 +149,11 @@ def list_(outcome: str | None, ledger_path: Path | None, as_json: bool) -> None:
         measurements = list(found.measurements(outcome=_outcome(outcome)))
         if as_json:
             for m in measurements:
-                click.echo(m.model_dump_json())
+                click.echo(m.line())
         else:
             from ..report.probes import print_ledger
 
-            print_ledger(measurements, str(found.path))
+            print_ledger(measurements, len(found), str(found.path))
 
 
 @ledger.command()
@@ -155,7 +172,7 @@ def show(identifier: str, ledger_path: Path | None, as_json: bool) -> None:
             raise ConfigError(Problem("ID", identifier, "is not in the ledger", "see: vramplan ledger list"))
         for m in measurements:
             if as_json:
-                click.echo(m.model_dump_json())
+                click.echo(m.line())
             else:
                 print_probe(m)
 
@@ -166,12 +183,16 @@ def show(identifier: str, ledger_path: Path | None, as_json: bool) -> None:
 def export(output: Path | None, ledger_path: Path | None) -> None:
     """Write every measurement as a JSON object a line, to be shared."""
     with _opened(ledger_path) as found:
-        text = "".join(m.model_dump_json() + "\n" for m in found.measurements())
+        lines = [m.line() for m in found.measurements()]
     if output is None:
-        click.echo(text, nl=False)
-    else:
-        write_text(output, text, "--output")
-        click.echo(f"Wrote {text.count(chr(10))} measurements to {output}.")
+        click.echo("".join(f"{line}\n" for line in lines), nl=False)
+        if not lines:
+            _note(f"No measurements in {found.path}.")
+        return
+    if output.exists() and found.path.exists() and output.samefile(found.path):
+        raise ConfigError(Problem("--output", str(output), "is the ledger itself", "name another file"))
+    write_text(output, "".join(f"{line}\n" for line in lines), "--output")
+    click.echo(f"Wrote {_count(len(lines))} to {output}.")
 
 
 @ledger.command("import")
@@ -180,12 +201,14 @@ def export(output: Path | None, ledger_path: Path | None) -> None:
 def import_(file: Path, ledger_path: Path | None) -> None:
     """Add what ``ledger export`` wrote here or elsewhere; what is known already is passed over."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        data = file.read_bytes()
+        # what Windows' own shell writes with `>` is UTF-16
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ConfigError(Problem("FILE", str(file), f"cannot be read ({reason})")) from None
     with _opened(ledger_path) as found:
-        result = found.import_lines(lines)
+        result = found.import_lines(text.split("\n"))  # other line ends than this may stand in a string
     click.echo(f"{result.added} new, {result.known} known already, {len(result.refused)} refused.")
     for reason in result.refused:
         _note(reason)
@@ -199,13 +222,18 @@ def import_(file: Path, ledger_path: Path | None) -> None:
 @ledger_option
 def prune(before: str | None, outcome: str | None, ledger_path: Path | None) -> None:
     """Delete measurements by age, by outcome, or by both."""
-    from ..memory_probe.ledger import iso_date
+    from ..memory_probe.ledger import utc_text
 
     if before is None and outcome is None:
         raise ConfigError(Problem("--before", "missing", "or --outcome is required", "say what to delete"))
+    date, outcome = None if before is None else utc_text(before, "--before"), _outcome(outcome)
     with _opened(ledger_path) as found:
-        date = None if before is None else iso_date(before, "--before")
-        click.echo(f"Deleted {found.prune(before=date, outcome=_outcome(outcome))} measurements.")
+        deleted = found.prune(before=date, outcome=outcome)
+        click.echo(f"Deleted {_count(deleted)}; {len(found)} left in {found.path}.")
+
+
+def _count(n: int) -> str:
+    return f"{n} measurement{'' if n == 1 else 's'}"
 
 
 def _opened(path: Path | None) -> Any:

@@ -1,7 +1,9 @@
 """The ledger: every measurement, kept in one SQLite file, as evidence for the next plan.
 
-Several processes may write at once (write-ahead log, a busy timeout). A file that is damaged, or that a newer version
-wrote, is set aside under another name with a message; nothing is ever deleted because it could not be read.
+Several processes may write at once (write-ahead log, a busy timeout); only one at a time makes the file or sets it
+aside, which a lock file sees to. A file that is damaged, or that a newer version wrote, is set aside under another name
+with a message; nothing is ever deleted because it could not be read. What is no file, or another program's database, is
+left where it is.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ import contextlib
 import itertools
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, Problem, VramplanError
+from ..errors import ConfigError, VramplanError
 from ..planner.evidence import Evidence, Residual
+from ..units import parse_time
 
 if TYPE_CHECKING:
     from .measurement import Measurement  # whose import takes longer than a plan's whole search
@@ -37,6 +40,12 @@ _COLUMNS = (
     "id, time, device, architecture, workload, mode, configuration, outcome, residual, expected_bytes, measurement"
 )
 
+_DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+"""Result codes that speak of the file's content; the others (busy, full, not writable) of the moment or the place."""
+
+_LARGEST_RESIDUAL = 1e6
+"""Beyond it a figure is not an estimate's error but damage."""
+
 OnNote = Callable[[str], None]
 
 
@@ -44,7 +53,7 @@ def default_path() -> Path:
     """Where the ledger is unless somebody says otherwise: ``$VRAMPLAN_LEDGER``, or the user's data directory."""
     given = os.environ.get(ENVIRONMENT)
     if given:
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))  # unlike Path.expanduser silent about a user it does not know
     import platformdirs
 
     return Path(platformdirs.user_data_dir("vramplan", appauthor=False)) / "ledger.sqlite"
@@ -67,7 +76,7 @@ class Ledger:
         self.path = Path(path) if path is not None else default_path()
         self._on_note = on_note
         self._connection: sqlite3.Connection | None = None
-        if self.path.exists():
+        if self._exists():
             self._open()
 
     def __enter__(self) -> Ledger:
@@ -122,19 +131,28 @@ class Ledger:
     # ---------------------------------------------------------------- reading
 
     def measurements(self, *, identifier: str | None = None, outcome: str | None = None) -> Iterator[Measurement]:
-        """Those whose id begins with ``identifier``, of ``outcome``; oldest first."""
+        """Those whose id begins with ``identifier``, of ``outcome``; oldest first. What cannot be read is noted."""
         from .measurement import Measurement
 
         clauses, values = _where({"id glob": None if identifier is None else f"{identifier}*", "outcome =": outcome})
-        for (text,) in self._rows(f"select measurement from measurements{clauses} order by time, rowid", values):
-            yield Measurement.read(text, str(self.path))
+        rows = self._rows(
+            f"select rowid, cast(measurement as blob) from measurements{clauses} order by time, rowid", values
+        )
+        for number, text in rows:
+            try:
+                found = Measurement.read(text, f"{self.path}, row {number}")
+            except ConfigError as error:
+                self._on_note(f"Passed over: {error}")
+                continue
+            yield found
 
     def evidence(self, architecture: str) -> Evidence:
         """The residuals of one architecture, of each configuration the worst."""
         rows = self._rows(
             "select workload, mode, max(residual), expected_bytes from measurements "
-            "where architecture = ? and residual is not null group by workload, mode, configuration",
-            (architecture,),
+            "where architecture = ? and typeof(residual) = 'real' and residual between -1 and ? "
+            "and typeof(expected_bytes) = 'integer' group by workload, mode, configuration",
+            (architecture, _LARGEST_RESIDUAL),
         )
         return Evidence(tuple(Residual(*row) for row in rows))
 
@@ -149,55 +167,92 @@ class Ledger:
 
     # ---------------------------------------------------------------- the file
 
-    def _open(self) -> None:
+    def _exists(self) -> bool:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connect()
-        except sqlite3.OperationalError as error:
-            raise self._unusable(error) from None
-        except sqlite3.DatabaseError as error:
-            self._set_aside("damaged", f"is damaged ({error})")
-        except _NewerSchemaError as error:
-            self._set_aside(
-                f"schema-{error}", f"was written by a newer vramplan (schema {error}, this one has {SCHEMA})"
-            )
+            self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except OSError as error:
             raise self._unusable(error) from None
+        return True
 
-    def _connect(self) -> None:
+    def _open(self) -> None:
+        """Connect; where there is no sound ledger make one, and set aside what is in its place."""
+        try:
+            with contextlib.suppress(FileNotFoundError, _UnsoundError):
+                self._connection = self._connect()
+                return
+            import filelock
+
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{self.path}.lock", timeout=BUSY_SECONDS):
+                self._connection = self._renew()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from None
+
+    def _connect(self) -> sqlite3.Connection:
+        """A connection to a sound ledger. Raises FileNotFoundError, _UnsoundError, OSError, sqlite3.Error."""
+        status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise self._unusable("it is no file")
+        if not status.st_size:  # of which SQLite would make an empty database, and delete its log
+            raise _UnsoundError("damaged", "is empty")
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS)
         try:
-            (schema,) = connection.execute("pragma user_version").fetchone()
-            if schema > SCHEMA:
-                raise _NewerSchemaError(str(schema))
-            (sound,) = connection.execute("pragma quick_check(1)").fetchone()
-            if sound != "ok":
-                raise sqlite3.DatabaseError(sound)
-            if schema < SCHEMA:
-                connection.execute("pragma journal_mode = wal")
-                with connection:
-                    connection.execute(_CREATE)
-                    connection.execute(f"pragma user_version = {SCHEMA}")
+            self._check(connection)
             connection.execute("pragma synchronous = normal")
-            connection.execute(f"select {_COLUMNS} from measurements limit 1")
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _DAMAGE:
+                raise _UnsoundError("damaged", f"is damaged ({error})") from None
+            raise
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        return connection
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        """Raises _UnsoundError, sqlite3.Error, or VramplanError for another program's database."""
+        (schema,) = connection.execute("pragma user_version").fetchone()
+        tables = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
+        if tables and "measurements" not in tables:
+            raise self._unusable("it is another program's database")
+        if schema > SCHEMA:
+            why = f"was written by a newer vramplan (schema {schema}, this one has {SCHEMA})"
+            raise _UnsoundError(f"schema-{schema}", why)
+        (sound,) = connection.execute("pragma quick_check(1)").fetchone()
+        if sound != "ok":
+            raise sqlite3.DatabaseError(sound)
+        if not tables:
+            raise _UnsoundError("", "was never finished")
+        connection.execute(f"select {_COLUMNS} from measurements limit 1")
+
+    def _renew(self) -> sqlite3.Connection:
+        """Make the file, while the lock is held; another process may just have done so."""
+        try:
+            return self._connect()
+        except FileNotFoundError:
+            pass
+        except _UnsoundError as error:
+            if error.word:
+                self._set_aside(error.word, error.why)
+        with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
+            connection.execute("pragma journal_mode = wal")
+            with connection:
+                connection.execute("begin immediate")
+                connection.execute(_CREATE)
+                connection.execute(f"pragma user_version = {SCHEMA}")
+        return self._connect()
 
     def _set_aside(self, word: str, why: str) -> None:
-        """Rename the file (with its log) and begin a new one."""
+        """Rename the file, with its log."""
         names = (f"{self.path.name}.{word}{f'-{n}' if n else ''}" for n in itertools.count())
-        aside = next(p for p in map(self.path.with_name, names) if not p.exists())
-        try:
-            self.path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    self.path.with_name(self.path.name + suffix).replace(aside.with_name(aside.name + suffix))
-            self._on_note(f"The ledger {self.path} {why}. It is kept as {aside}; a new one is begun.")
-            self._connect()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from None
+        aside = next(path for path in map(self.path.with_name, names) if not os.path.lexists(path))
+        self.path.replace(aside)
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).replace(aside.with_name(aside.name + suffix))
+        self._on_note(f"The ledger {self.path} {why}. It is kept as {aside}; a new one is begun.")
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[sqlite3.Connection]:
@@ -209,19 +264,25 @@ class Ledger:
         except sqlite3.Error as error:
             raise self._unusable(error) from None
 
-    def _unusable(self, error: Exception) -> VramplanError:
-        return VramplanError(f"the ledger {self.path} cannot be used ({error}); name another with --ledger FILE")
+    def _unusable(self, error: Exception | str) -> VramplanError:
+        reason = getattr(error, "strerror", None) or error
+        remedy = f"name another with --ledger FILE or ${ENVIRONMENT}"
+        return VramplanError(f"the ledger {self.path} cannot be used ({reason}); {remedy}")
 
 
-class _NewerSchemaError(Exception):
-    """The file's schema number is beyond ours."""
+class _UnsoundError(Exception):
+    """The file is no ledger that can be worked with: a word for its new name (none: it may stay), and why."""
+
+    def __init__(self, word: str, why: str) -> None:
+        self.word, self.why = word, why
+        super().__init__(why)
 
 
 def _row(m: Measurement) -> tuple[object, ...]:
     residual = m.residual
     expected = m.expected_allocated_bytes if m.architecture == "cpu" else m.expected_process_bytes
     return (
-        m.id, m.when, m.device, m.architecture, m.step.workload, m.mode, m.configuration, m.outcome, residual,
+        m.id, utc_text(m.when), m.device, m.architecture, m.step.workload, m.mode, m.configuration, m.outcome, residual,
         expected, m.model_dump_json(),
     )  # fmt: skip
 
@@ -232,10 +293,6 @@ def _where(conditions: dict[str, str | None]) -> tuple[str, list[str]]:
     return (f" where {text}" if text else ""), list(given.values())
 
 
-def iso_date(text: str, field: str) -> str:
+def utc_text(text: str, field: str = "when") -> str:
     """``2026-11-21`` or a whole time stamp, as the ledger's times are compared. Raises ConfigError."""
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigError(Problem(field, text, "is not a date", "write it as 2026-11-21")) from None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC).isoformat(timespec="seconds")
+    return parse_time(text, field).isoformat(timespec="seconds")

@@ -6,12 +6,13 @@ import hashlib
 import json
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import ConfigError, Problem
 from ..planner.shape import Shape
 from ..planner.step import StepConfig, check
 from ..runconfig import ModelSection, StepSection
+from ..units import parse_time
 
 Outcome = Literal["fits", "out_of_memory", "spilled", "not_memory", "timed_out", "killed"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -68,6 +69,15 @@ class Measurement(BaseModel):
     expected_process_bytes: Bytes = 0
     expected_tokens_per_second: Rate | None = None
 
+    @field_validator("when")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        try:
+            parse_time(value)
+        except ConfigError:
+            raise ValueError("should be a time such as 2026-11-21T09:30:00+00:00") from None
+        return value
+
     @property
     def shape(self) -> Shape:
         """The planner's view of ``model``."""
@@ -116,6 +126,10 @@ class Measurement(BaseModel):
     def _error(self, measured: int | None, expected: int) -> float | None:
         return measured / expected - 1 if self.completed and measured and expected else None
 
+    def line(self) -> str:
+        """One line of JSON, in ASCII wherever it is printed, that :meth:`read` takes back exactly."""
+        return json.dumps(self.model_dump(mode="json"))
+
     @classmethod
     def read(cls, text: str | bytes, source: str = "") -> Self:
         """Read one JSON object. Raises ConfigError with every problem, settings that no step could have included."""
@@ -123,10 +137,18 @@ class Measurement(BaseModel):
             found = cls.model_validate_json(text)
         except ValidationError as error:
             problems = [
-                Problem(".".join(map(str, e["loc"])) or "measurement", str(e["input"])[:60], str(e["msg"]))
+                Problem(".".join(map(str, e["loc"])) or "measurement", _start(e["input"]), _rule(str(e["msg"])))
                 for e in error.errors()
             ]
             raise ConfigError(problems, source) from None
         if wrong := check(found.shape, found.step_config):
             raise ConfigError(wrong, source)
         return found
+
+
+def _start(value: object) -> str:
+    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))[:60]
+
+
+def _rule(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should", "should")

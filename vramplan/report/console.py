@@ -16,6 +16,11 @@ def console() -> Console:
     return Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere without what would command the terminal; lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 class PatientConsole(Console):
     """A console for work that goes on when nobody reads any more: the program is not ended, only silent."""
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..memory_probe.confirm import Confirmation
 from ..memory_probe.measurement import Measurement
 from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
 from ..units import count, duration, gib
-from .console import console
+from .console import console, printable
 
 VERDICTS = {
     "fits": "[green]fits[/green]",
@@ -28,6 +28,11 @@ METHODS = {
     "allocator events": "Sizes are the CPU allocator's own events: inside a compiled graph no tensor can be counted.",
     "allocator statistics": "Sizes are torch's allocator statistics; the process is what the driver says.",
 }
+
+
+def escape(text: str) -> str:
+    """Text that somebody else may have written, as it is: neither markup nor a command to the terminal."""
+    return markup.escape(printable(text))
 
 
 def what(m: Measurement) -> str:
@@ -53,7 +58,7 @@ def print_probe(m: Measurement, to: Console | None = None) -> None:
         out.print(_sizes(m))
         out.print(METHODS[m.method])
     if m.phase_peaks:
-        peaks = ", ".join(f"{name} {gib(size)}" for name, size in m.phase_peaks.items())
+        peaks = ", ".join(f"{escape(name)} {gib(size)}" for name, size in m.phase_peaks.items())
         out.print(f"Peaks by phase: {peaks}.")
     if m.retries:
         out.print(f"The allocator gave cached memory back and tried again {m.retries} times: it was tight.")
@@ -93,22 +98,24 @@ def _speed(m: Measurement, out: Console) -> None:
         out.print(f"The first step compiled for {duration(compiling)}{peak}.")
 
 
-def print_ledger(measurements: Iterable[Measurement], path: str) -> None:
-    """The ledger as a table, oldest first."""
+def print_ledger(measurements: Sequence[Measurement], kept: int, path: str) -> None:
+    """The ledger, or a part of the measurements that are kept in it, as a table."""
     out = console()
     table = Table(box=None, pad_edge=False)
     for name in ("id", "when", "device", "configuration", "outcome", "error"):
         table.add_column(name, overflow="fold")
-    n = 0
-    for n, m in enumerate(measurements, 1):  # noqa: B007
+    for m in measurements:
         error = m.residual
         table.add_row(
-            m.id[:8], m.when[:16].replace("T", " "), escape(m.device or m.architecture), escape(what(m)),
+            m.id[:8], escape(m.when[:16].replace("T", " ")), escape(m.device or m.architecture), escape(what(m)),
             m.outcome.replace("_", " "), "" if error is None else f"{error:+.2%}",
         )  # fmt: skip
-    if n:
+    if measurements:
         out.print(table)
-    out.print(f"{n} measurement{'' if n == 1 else 's'} in {escape(path)}.")
+    shown = f"{len(measurements)} of " if len(measurements) != kept else ""
+    total = f"{kept or 'No'} measurement{'' if kept == 1 else 's'}"
+    out.print(f"{shown}{total} in {escape(path)}.")
+
 
 
 def print_confirmation(confirmation: Confirmation, out: Console | None = None) -> None:
