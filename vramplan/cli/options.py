@@ -128,7 +128,7 @@ class FilePath(Collected):
 def _option(param: click.Parameter | None) -> str:
     if isinstance(param, click.Argument):
         return param.human_readable_name.strip("[]")
-    return f"--{param.name.replace('_', '-')}" if param and param.name else "option"
+    return max(param.opts, key=len) if param and param.opts else "option"
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -237,9 +237,9 @@ def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headl
 
 def with_evidence(card: Gpu | None) -> Gpu | None:
     """The card with what the ledger knows of its architecture; a ledger that cannot be read is said and left out."""
-    from ..memory_probe.ledger import Ledger, default_path
+    from ..memory_probe.ledger import Ledger
 
-    if card is None or not default_path().exists():
+    if card is None:
         return card
     try:
         with Ledger(on_note=lambda note: click.echo(note, err=True)) as ledger:

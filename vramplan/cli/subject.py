@@ -14,7 +14,13 @@ from ..runconfig import RunConfig
 
 def read_subject(subject: Path, rank: int) -> tuple[Shape, StepConfig, dict[str, Any], dict[str, Any]]:
     """Shape, step, what was planned, and what a run measured. Raises ConfigError."""
-    if _is_json(subject):
+    try:
+        plans = _is_json(subject)
+    except OSError as error:
+        raise ConfigError(Problem("config", str(subject), f"cannot be read ({error.strerror})")) from None
+    if rank > 1 and not plans:
+        raise ConfigError(Problem("--rank", rank, f"means nothing: {subject} is no plan file", "leave it out"))
+    if plans:
         data, configs = read_plans(subject)
         if rank > len(configs):
             raise ConfigError(Problem("--rank", rank, f"is beyond the {len(configs)} plans of {subject}"))

@@ -51,7 +51,7 @@ def read_plans(path: Path) -> tuple[dict[str, Any], list[tuple[Shape, StepConfig
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(Problem("plan", str(path), "does not exist", remedy)) from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ConfigError(Problem("plan", str(path), "is not a JSON file that can be read", remedy)) from None
     if not isinstance(data, dict) or "plans" not in data:
         raise ConfigError(Problem("plan", str(path), "is not a plan file", remedy))
