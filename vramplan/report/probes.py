@@ -117,7 +117,6 @@ def print_ledger(measurements: Sequence[Measurement], kept: int, path: str) -> N
     out.print(f"{shown}{total} in {escape(path)}.")
 
 
-
 def print_confirmation(confirmation: Confirmation, out: Console | None = None) -> None:
     """What was run to confirm a plan, and what no pass has shown."""
     out = out or console()
