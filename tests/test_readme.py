@@ -25,7 +25,7 @@ def normal(text: str) -> str:
 
 def transcript(command: str, directory: Path) -> tuple[int, str]:
     words = shlex.split(command)
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "VRAMPLAN_LEDGER": str(directory / "none.sqlite")}
     done = subprocess.run(
         [sys.executable, "-m", *words],
         cwd=directory,

@@ -88,8 +88,7 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
             result |= {
                 "budget_bytes": target.budget.budget_bytes,
                 "fits": priced.oom_risk.probability <= max_risk,
-                "oom_risk": priced.oom_risk.probability,
-                "oom_risk_reason": priced.oom_risk.reason,
+                **priced.oom_risk.as_dict(),
                 "needs_bytes": priced.needs_bytes,
                 "tokens_per_second": priced.tokens_per_second,
                 "mfu": priced.mfu,

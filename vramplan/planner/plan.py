@@ -48,8 +48,7 @@ class Plan:
             "estimate": self.estimate.as_dict(),
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
-            "oom_risk": self.oom_risk.probability,
-            "oom_risk_reason": self.oom_risk.reason,
+            **self.oom_risk.as_dict(),
             "needs_bytes": self.needs_bytes,
             "reason": self.reason,
         }

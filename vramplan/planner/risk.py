@@ -54,6 +54,15 @@ class OomRisk:
     measurements: int = 0
     interval: tuple[float, float] = (0.0, 1.0)
 
+    def as_dict(self) -> dict[str, object]:
+        """As plans, estimates and reports print it."""
+        return {
+            "oom_risk": self.probability,
+            "oom_risk_reason": self.reason,
+            "oom_risk_measurements": self.measurements,
+            "oom_risk_interval": list(self.interval),
+        }
+
 
 def assumed_error(step: StepConfig, *, outside: bool = False) -> float:
     """Relative standard deviation that is assumed for this mode, or ``outside`` what the tensor table knows."""

@@ -15,6 +15,7 @@ from ..planner.gpu import Budget
 from ..planner.memory import Estimate
 from ..planner.plan import Plan, PlanSet
 from ..planner.repair import Repair
+from ..planner.risk import OomRisk
 from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
 from ..units import count, duration, gib, gib_needed
 from .console import console
@@ -37,6 +38,12 @@ def percent(probability: float) -> str:
     if probability < 1e-4:
         return "< 0.01 %"
     return f"{probability * 100:.2f} %" if probability < 0.1 else f"{probability * 100:.0f} %"
+
+
+def risk_words(risk: OomRisk) -> str:
+    """A risk with its interval and where it comes from."""
+    low, high = risk.interval
+    return f"{percent(risk.probability)}, between {percent(low)} and {percent(high)} ({risk.reason})"
 
 
 def sentence(plan: Plan) -> str:
@@ -112,7 +119,7 @@ def _print_expectations(out: Console, plan: Plan, plans: PlanSet) -> None:
               f"for the process, during {plan.estimate.peak_phase}")  # fmt: skip
     needs = f"needs at least {gib_needed(plan.needs_bytes)} free for {percent(plans.max_risk)} risk"
     out.print(f"  headroom   {gib(head)}; {needs}")
-    out.print(f"  OOM risk   {percent(plan.oom_risk.probability)} ({plan.oom_risk.reason})")
+    out.print(f"  OOM risk   {risk_words(plan.oom_risk)}")
     if plan.tokens_per_second and plan.mfu is not None:
         out.print(f"  speed      {plan.tokens_per_second:,.0f} tokens/s expected, MFU {plan.mfu:.0%}")
         seconds = plan.seconds_for(plans.token_budget) or 0.0
@@ -166,8 +173,8 @@ def print_estimate(
     if plan is not None and budget is not None:
         fits = plan.oom_risk.probability <= max_risk
         verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
-        out.print(f"  verdict    {verdict} {gib(budget.budget_bytes)}: OOM risk {percent(plan.oom_risk.probability)} "
-                  f"({plan.oom_risk.reason})")  # fmt: skip
+        out.print(f"  verdict    {verdict} {gib(budget.budget_bytes)}: "
+                  f"OOM risk {risk_words(plan.oom_risk)}")  # fmt: skip
         out.print(f"  needs      at least {gib_needed(plan.needs_bytes)} free for {percent(max_risk)} risk")
         if plan.tokens_per_second and plan.mfu is not None:
             out.print(f"  speed      {plan.tokens_per_second:,.0f} tokens/s expected, MFU {plan.mfu:.0%}")

@@ -52,8 +52,7 @@ class RiskReport:
             "budget_bytes": self.budget_bytes,
             "headroom_bytes": self.budget_bytes - self.estimate.process_bytes,
             "max_risk": self.max_risk,
-            "oom_risk": self.risk.probability,
-            "oom_risk_reason": self.risk.reason,
+            **self.risk.as_dict(),
             "needs_bytes": self.needs_bytes,
             "largest_batch": self.largest_batch,
             "estimate": self.estimate.as_dict(),
@@ -109,7 +108,8 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
     out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, OOM risk "
               f"{percent(report.risk.probability)} (limit {percent(report.max_risk)}).")  # fmt: skip
-    out.print(f"  [dim]{report.risk.reason}[/]")
+    low, high = report.risk.interval
+    out.print(f"  [dim]between {percent(low)} and {percent(high)}: {report.risk.reason}[/]")
     needs = f"needs at least {gib_needed(report.needs_bytes)} free"
     out.print(f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; {needs}\n")
     out.print(breakdown_table(full, report.budget_bytes))
