@@ -41,9 +41,14 @@ def percent(probability: float) -> str:
 
 
 def risk_words(risk: OomRisk) -> str:
-    """A risk with its interval and where it comes from."""
-    low, high = risk.interval
-    return f"{percent(risk.probability)}, between {percent(low)} and {percent(high)} ({risk.reason})"
+    """A risk with its interval, where that says more, and where it comes from."""
+    return f"{percent(risk.probability)}{between(risk)} ({risk.reason})"
+
+
+def between(risk: OomRisk) -> str:
+    """``, between 0.01 % and 2 %``; empty where both ends read the same."""
+    low, high = (percent(end) for end in risk.interval)
+    return "" if low == high else f", between {low} and {high}"
 
 
 def sentence(plan: Plan) -> str:

@@ -20,7 +20,7 @@ from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..units import gib, gib_needed
 from .console import console
-from .plans import breakdown_table, percent
+from .plans import between, breakdown_table, percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +107,8 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     out.print(f"[bold]OOM-risk report[/] {escape(report.title)}")
     verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
     out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, OOM risk "
-              f"{percent(report.risk.probability)} (limit {percent(report.max_risk)}).")  # fmt: skip
-    low, high = report.risk.interval
-    out.print(f"  [dim]between {percent(low)} and {percent(high)}: {report.risk.reason}[/]")
+              f"{percent(report.risk.probability)}{between(report.risk)} (limit {percent(report.max_risk)}).")  # fmt: skip
+    out.print(f"  [dim]{report.risk.reason}[/]")
     needs = f"needs at least {gib_needed(report.needs_bytes)} free"
     out.print(f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; {needs}\n")
     out.print(breakdown_table(full, report.budget_bytes))
