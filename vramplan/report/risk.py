@@ -106,8 +106,8 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     full, fits = report.estimate, report.risk.probability <= report.max_risk
     out.print(f"[bold]OOM-risk report[/] {escape(report.title)}")
     verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
-    out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, OOM risk "
-              f"{percent(report.risk.probability)}{between(report.risk)} (limit {percent(report.max_risk)}).")  # fmt: skip
+    risk = f"OOM risk {percent(report.risk.probability)}{between(report.risk)} (limit {percent(report.max_risk)})"
+    out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, {risk}.")
     out.print(f"  [dim]{report.risk.reason}[/]")
     needs = f"needs at least {gib_needed(report.needs_bytes)} free"
     out.print(f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; {needs}\n")
