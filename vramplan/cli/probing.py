@@ -23,6 +23,13 @@ from .subject import read_subject
 EXIT_CODES = {"fits": 0, "out_of_memory": 3, "spilled": 3, "not_memory": 1, "timed_out": 1, "killed": 1}
 
 ledger_option = click.option("--ledger", "ledger_path", type=FilePath(), help="Ledger file. [default: the user's own]")
+place_options = options(
+    click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan of a plan file."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to run it; auto: where it was planned for.",
+    ),
+)  # fmt: skip
 child_options = options(
     click.option("--steps", type=click.IntRange(3), default=5, show_default=True, help="Optimizer steps; two warm up."),
     click.option("--timeout", type=click.FloatRange(1), help="Seconds for a child. [default: 600; 1800 compiled]"),
@@ -33,11 +40,7 @@ child_options = options(
 
 @click.command()
 @click.argument("config", metavar="CONFIG|PLAN|RUN", type=FilePath())
-@click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan of a plan file.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-    help="Where to run it; auto: where it was planned for.",
-)  # fmt: skip
+@place_options
 @click.option("--compile/--no-compile", "compile_", default=None, help="Instead of what the configuration says.")
 @click.option("--cap", type=Size(2**34), help="Memory as on a smaller card (11.6GiB), context counted.")
 @click.option(

@@ -22,7 +22,7 @@ from ..planner.shape import Shape
 from ..planner.step import tokens_per_step
 from ..runconfig import RunConfig
 from .options import FilePath, Size, refused
-from .probing import child_options, configured, keep
+from .probing import child_options, configured, keep, place_options
 from .subject import read_config
 
 SHAPES = 4
@@ -31,11 +31,7 @@ SHAPES = 4
 
 @click.command()
 @click.argument("config", metavar="CONFIG|PLAN", type=FilePath())
-@click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="Which plan of a plan file.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-    help="Where to measure; auto: where it was planned for.",
-)  # fmt: skip
+@place_options
 @click.option("--shape", "vary_shape", is_flag=True, help="Also other layers, heads and widths near the same size.")
 @click.option(
     "--compile", "compile_", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
