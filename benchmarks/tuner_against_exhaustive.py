@@ -44,12 +44,12 @@ def main() -> None:
     arms = SPACE.arms()
     rates = exhaustive(arms, measure)
     if options.record:
-        rows = [{"params": arm.params, "tokens_per_second": rates[arm.key]} for arm in arms]
+        rows = [{"params": arm.params, "score": rates[arm.key]} for arm in arms]
         options.record.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     best = max(arms, key=lambda arm: rates[arm.key] or 0.0)
     with tempfile.TemporaryDirectory() as folder:
         study = open_study(f"sqlite:///{folder}/study.sqlite", "benchmark", SEED)
-        tuned = tune(study, arms, measure, trials=len(arms) // 3)
+        tuned = tune(study, arms, measure, ruled_out=SPACE.ruled_out, trials=len(arms) // 3, patience=len(arms))
     if tuned.best is None:
         raise SystemExit("no arm ran")
     ratios = paired(tuned.best.arm, best)
@@ -65,12 +65,12 @@ def main() -> None:
 
 
 def exhaustive(arms: list[Arm], measure) -> dict:
-    """Tokens/s of every arm, measured once each in random order."""
+    """Score of every arm, measured once each in random order."""
     rates = {}
     for number, arm in enumerate(random.Random(SEED).sample(arms, len(arms))):
         result: Result = measure(arm)
-        rates[arm.key] = result.tokens_per_second
-        print(f"{number + 1}/{len(arms)} {result.outcome} {result.tokens_per_second or 0:.0f} {arm.params}", flush=True)
+        rates[arm.key] = result.score
+        print(f"{number + 1}/{len(arms)} {result.outcome} {result.score or 0:.0f} {arm.params}", flush=True)
     return rates
 
 

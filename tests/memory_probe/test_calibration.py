@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.memory_probe.ledger import Ledger
-from vramplan.planner.evidence import Evidence, Residual
+from vramplan.planner.evidence import NEAR, Evidence, Residual
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate
 from vramplan.planner.plan_file import SHAPE_FIELDS
@@ -74,7 +74,7 @@ def test_the_cards_rows_keep_the_limit(limit: float) -> None:
 
 def test_so_much_evidence_leaves_a_narrow_margin_and_says_what_it_rests_on(probed: Evidence) -> None:
     step = StepConfig(dtype="float32", device="cpu")
-    size = max(r.expected_bytes for r in probed.residuals)
+    size = sorted(r.expected_bytes for r in probed.residuals)[20] * int(NEAR)  # all but twenty speak for it
     assert needed_bytes(size, step, 0.01, probed) < 1.002 * size
     risk = oom_risk(size, int(1.005 * size), step, probed)
     assert (risk.measurements > ENOUGH, risk.probability <= 0.01) == (True, True)

@@ -85,6 +85,38 @@ def test_nothing_it_started_is_left(tmp_path: Path) -> None:
 
 
 @linux_only
+def test_what_left_its_group_is_ended_too(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    end = run(
+        f"""
+        p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        open({str(note)!r}, "w").write(str(p.pid))
+        time.sleep(0.5)
+        tell(kind="measured")
+        """
+    )
+    assert end.returncode == 0
+    assert end.seconds < 4
+    time.sleep(0.2)
+    assert gone(int(note.read_text()))
+
+
+@linux_only
+def test_pages_that_forks_share_count_once() -> None:
+    end = run(
+        """
+        held = bytearray(os.urandom(1 << 20)) * 200
+        for _ in range(6):
+            if not os.fork():
+                time.sleep(600)
+        time.sleep(1.5)
+        """,
+        Limits(20.0, 500 * MIB),
+    )
+    assert (end.stopped_by, end.returncode) == ("", 0)
+
+
+@linux_only
 def test_it_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     """A parent that is killed cannot clean up: the real worker notices that its standard input has ended."""
     note = tmp_path / "pid"
@@ -171,6 +203,9 @@ def test_a_real_limit_of_the_system_is_an_out_of_memory() -> None:
         ("import no_such_module_at_all", "not_memory", "not installed"),
         ("print(\"terminate called after throwing 'std::bad_alloc'\", flush=True); os.abort()", "out_of_memory", "bad"),
         ("print('nothing')\nraise SystemExit(0)", "not_memory", "nothing"),
+        ("os.kill(os.getpid(), signal.SIGHUP)", "killed", "SIGHUP"),
+        ("print('retrying after CUDA out of memory', flush=True); os.kill(os.getpid(), 11)", "not_memory", "SIGSEGV"),
+        ("print(\"No module named 'triton'\\nstd::bad_alloc\", flush=True); os.abort()", "out_of_memory", "bad_alloc"),
     ],
 )
 def test_every_way_to_die_has_its_class(body: str, outcome: str, word: str) -> None:

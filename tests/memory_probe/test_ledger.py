@@ -102,10 +102,37 @@ def test_evidence_is_the_worst_of_each_configuration_of_one_architecture(tmp_pat
         ledger.add([made(architecture="8.6", process_bytes=150), made(outcome="out_of_memory", process_bytes=190)])
         ledger.add([made(architecture="cpu", allocated_bytes=20, expected_allocated_bytes=10)])
         found = ledger.evidence("8.9")
-        assert found.of("vramplan", "eager")[0] == pytest.approx([-0.02, 0.03])
-        assert found.of("vramplan", "compiled")[0] == pytest.approx([0.01])
+        assert sorted(r.error for r in found.of("vramplan", "eager")) == pytest.approx([-0.02, 0.03])
+        assert [r.error for r in found.of("vramplan", "compiled")] == pytest.approx([0.01])
         assert {r.expected_bytes for r in found.residuals} == {100}
         assert [r.error for r in ledger.evidence("cpu").residuals] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected", "residual"),
+    [(110, 100, 0.1), (100, 100, 0.0), (99, 100, None), (None, 100, None)],
+)
+def test_running_out_counts_where_the_estimate_had_let_it_in(
+    limit: int | None, expected: int, residual: float | None, tmp_path: Path
+) -> None:
+    ran_out = {"outcome": "out_of_memory", "process_bytes": None, "expected_process_bytes": expected}
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.add([made(**ran_out, limit_bytes=limit)])
+        found = [(r.error, r.at_least) for r in ledger.evidence("8.9").residuals]
+        assert found == ([] if residual is None else [(pytest.approx(residual), True)])
+        ledger.add([made(**ran_out, limit_bytes=limit, architecture="cpu")])
+        assert ledger.evidence("cpu").residuals == ()
+
+
+@pytest.mark.parametrize("name", ["run.toml", "notes", "data.parquet"])
+@pytest.mark.parametrize("text", [b"[model]\nn_layer = 12\n", b""])
+def test_a_file_that_never_was_a_ledger_stays_where_it_is(name: str, text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(text)
+    with pytest.raises(VramplanError, match="nothing says that it ever was one"):
+        Ledger(path)
+    assert path.read_bytes() == text
+    assert not list(tmp_path.glob("*.damaged*"))
 
 
 @pytest.mark.parametrize("value", ["9e999", "1e300", "-2", "'abc'", "x'00'"])

@@ -18,6 +18,7 @@ from vramplan.errors import ConfigError
 from vramplan.memory_probe import probe as module
 from vramplan.memory_probe.card import FollowedPhase, PhasePeaks
 from vramplan.memory_probe.cpu import random_batches, trainer
+from vramplan.memory_probe.ledger import Ledger
 from vramplan.memory_probe.measurement import Measurement
 from vramplan.memory_probe.outcome import spilled
 from vramplan.memory_probe.probe import probe, spills_silently
@@ -91,7 +92,7 @@ RAISED = [
     ("RuntimeError('CUDA error: an illegal memory access was encountered')", "not_memory"),
     ("ModuleNotFoundError(\"No module named 'triton'\")", "not_memory"),
     ("VramplanError('the loss is not finite (nan)')", "not_memory"),
-    ("KeyboardInterrupt()", "not_memory"),
+    ("KeyboardInterrupt()", "killed"),
 ]
 
 
@@ -152,6 +153,44 @@ def test_figures_that_make_no_sense_are_not_believed() -> None:
     lie = "import json, sys; open(sys.argv[2], 'w').write(json.dumps({'kind': 'measured', 'allocated_bytes': -5}))"
     found = probe(SHAPE, STEP, argv=[sys.executable, "-c", lie])
     assert (found.outcome, found.allocated_bytes) == ("not_memory", None)
+    assert "make no sense" in found.reason
+
+
+MAD = [
+    "tell(kind='measured', step_seconds=5)", "tell(kind='doing')", "os.remove(sys.argv[2])",
+    "os.remove(sys.argv[2]); os.mkdir(sys.argv[2])", "tell(kind='failed', types=[], text='no such file: \\udcff')",
+    "tell(kind='measured', device='\\udcff')", "tell(kind='failed', types=7, text=None)", "tell(kind=['measured'])",
+    "tell(kind='measured', total_bytes='all')", "tell(kind='measured', phase_peaks=[1], loss=float('nan'))",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", MAD)
+def test_whatever_a_child_reports_its_parent_gets_a_measurement_that_can_be_kept(body: str, tmp_path: Path) -> None:
+    script = f"import json, os, sys\ndef tell(**r): open(sys.argv[2], 'a').write(json.dumps(r) + chr(10))\n{body}"
+    found = probe(SHAPE, STEP, argv=[sys.executable, "-c", script])
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.add([found]) == 1
+        assert list(ledger.measurements()) == [found]
+
+
+def test_a_child_cannot_change_what_its_parent_knows() -> None:
+    lie = {
+        "kind": "measured",
+        "expected_allocated_bytes": 1000,
+        "allocated_bytes": 900_000,
+        "version": "9",
+        "id": "0" * 8,
+    }
+    code = f"import json, sys; open(sys.argv[2], 'w').write(json.dumps({lie!r}))"
+    found = probe(SHAPE, STEP, argv=[sys.executable, "-c", code])
+    assert found.expected_allocated_bytes == estimate(SHAPE, STEP).peak_allocated_bytes
+    assert (found.version != "9", found.allocated_bytes) == (True, 900_000)
+
+
+def test_figures_of_a_child_that_then_crashed_are_no_evidence() -> None:
+    code = "import json, os, sys; open(sys.argv[2], 'w').write(json.dumps({'kind': 'measured', 'allocated_bytes': 7}))"
+    found = probe(SHAPE, STEP, argv=[sys.executable, "-c", f"{code}; os.abort()"])
+    assert (found.outcome, found.residual) == ("not_memory", None)
 
 
 def test_ctrl_c_is_a_measurement_too(monkeypatch: pytest.MonkeyPatch) -> None:

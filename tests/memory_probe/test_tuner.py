@@ -105,23 +105,43 @@ def test_what_does_not_fit_is_a_violated_constraint_and_not_a_failed_trial(tmp_p
     assert all(t.value == 0 and max(t.constraints.values()) == 0.3 for t in out)
 
 
-def test_the_estimate_rules_arms_out_before_anything_is_probed() -> None:
-    probed: list[Arm] = []
-
-    def probe(arm: Arm) -> Measurement:
-        probed.append(arm)
-        return measured(arm)
-
+def tight(share: float) -> Space:
+    """The space with the budget that this share of the arms fits."""
     needs = sorted(estimate(arm.shape, arm.step).process_bytes for arm in SPACE.arms())
-    tight = replace(SPACE, budget_bytes=needs[len(needs) // 2])
-    measure = tight.measured_by(probe, lambda found: None)
-    results = {arm.key: measure(arm) for arm in tight.arms()}
-    ruled_out = [r for r in results.values() if r.outcome == "estimate"]
-    assert 0 < len(ruled_out) < len(results)
-    assert all((r.violation or 0) > 0 for r in ruled_out)
-    assert len(probed) == len(results) - len(ruled_out)
-    firsts = [results[arm.key].outcome for arm in tight.arms()]
-    assert firsts == sorted(firsts, reverse=True)  # "fits" before "estimate": those that fit come first
+    return replace(SPACE, budget_bytes=needs[int(len(needs) * share)])
+
+
+def test_the_estimate_rules_arms_out_before_anything_is_probed(tmp_path: Path) -> None:
+    space, measure = tight(0.5), Counted()
+    arms = space.arms()
+    out = [space.ruled_out(arm) is not None for arm in arms]
+    assert 0 < sum(out) < len(out)
+    assert out == sorted(out)  # those that fit come first
+    study = open_study(url(tmp_path), "s")
+    tuned = tune(study, arms, measure, ruled_out=space.ruled_out, patience=10**6)
+    assert sum(measure.seen.values()) == tuned.probes == out.count(False)
+    ruled = [t for t in study.trials if t.user_attrs.get("outcome") == "estimate"]
+    assert len(ruled) == out.count(True)
+    assert all(t.state.name == "COMPLETE" and max(t.constraints.values()) > 0 for t in ruled)
+
+
+def test_another_budget_is_another_question_to_the_same_study(tmp_path: Path) -> None:
+    """Less memory rules out what had won; more lets in what had been ruled out; nothing is measured twice."""
+    measure = Counted(lambda arm: replace(made_up(arm), needs_bytes=estimate(arm.shape, arm.step).process_bytes))
+
+    def session(share: float) -> Any:
+        space = tight(share)
+        study = open_study(url(tmp_path), "s")
+        return space, tune(
+            study, space.arms(), measure, ruled_out=space.ruled_out, budget_bytes=space.budget_bytes, patience=10**6
+        )
+
+    for share in (0.9, 0.3, 0.9):
+        space, tuned = session(share)
+        fitting = [arm for arm in space.arms() if space.ruled_out(arm) is None]
+        assert tuned.best is not None
+        assert tuned.best.result.tokens_per_second == max(made_up(arm).tokens_per_second or 0 for arm in fitting)
+    assert set(measure.seen.values()) == {1}
 
 
 def measured(arm: Arm, **changes: Any) -> Measurement:
@@ -141,7 +161,6 @@ def measured(arm: Arm, **changes: Any) -> Measurement:
         ({}, "fits", None),
         ({"outcome": "spilled"}, "spilled", 1.0),
         ({"outcome": "out_of_memory"}, "out_of_memory", 1.0),
-        ({"process_bytes": 2 * GIB}, "out_of_memory", 1.0),
         ({"outcome": "timed_out"}, "timed_out", None),
     ],
 )
@@ -152,7 +171,18 @@ def test_a_measurement_becomes_a_result(changes: dict[str, Any], outcome: str, v
     assert (result.outcome, result.violation, result.failed) == (outcome, violation, outcome == "timed_out")
     assert len(kept) == 1
     if outcome == "fits":
-        assert result.tokens_per_second == undisturbed_rate(kept[0]) == 512 / 0.1
+        assert result.tokens_per_second == result.value == undisturbed_rate(kept[0]) == 512 / 0.1
+        assert result.needs_bytes == kept[0].process_bytes
+
+
+def test_on_a_busy_machine_arms_are_compared_by_a_reference_run_beside_them() -> None:
+    quiet, busy = (
+        SPACE.measured_by(lambda a, f=f: measured(a, step_seconds=(0.1 * f,), reference_ratio=2.0), lambda m: None)
+        for f in (1.0, 3.0)
+    )
+    arm = SPACE.arms()[0]
+    assert quiet(arm).tokens_per_second == pytest.approx(3 * (busy(arm).tokens_per_second or 0))
+    assert quiet(arm).value == busy(arm).value == 256
 
 
 def test_an_interrupted_probe_ends_the_study_and_is_no_result(tmp_path: Path) -> None:
@@ -260,7 +290,7 @@ def test_several_sessions_share_one_study(tmp_path: Path) -> None:
 
 def test_recorded_timings_replayed_the_winner_is_within_three_percent_in_a_third_of_the_probes(tmp_path: Path) -> None:
     rows = json.loads(RECORDED.read_text(encoding="utf-8"))
-    rates = {key_of(row["params"]): row["tokens_per_second"] for row in rows}
+    rates = {key_of(row["params"]): row["score"] for row in rows}
     shape = Shape(n_layer=3, n_head=4, n_embd=128, vocab_size=4096, block_size=128)
     arms = replace(SPACE, shapes=(shape,), budget_bytes=2**34).arms()
     assert {arm.key for arm in arms} == set(rates)

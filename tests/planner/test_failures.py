@@ -19,6 +19,8 @@ OUT_OF_MEMORY = [
     "Triton Error [CUDA]: out of memory",
     "terminate called after throwing an instance of 'std::bad_alloc'",
     "cudaErrorMemoryAllocation",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "g++: fatal error: Killed signal terminated program cc1plus",
 ]
 NOT_MEMORY = [
     "No valid triton configs. OutOfMemoryError: out of resource: triton_mm Required: 147456 Hardware limit:101376",
@@ -27,6 +29,7 @@ NOT_MEMORY = [
     "CUDA error: device-side assert triggered",
     "CUDA error: no kernel image is available for execution on the device",
     "No module named 'bitsandbytes'",
+    "ImportError: libgomp.so.1: cannot allocate memory in static TLS block",
     "the loss is not finite (nan)",
     "The NVIDIA driver on your system is too old: CUDA driver version is insufficient",
     "Expected all tensors to be on the same device",

@@ -80,14 +80,14 @@ def estimate(ctx: click.RichContext, /, config: Path | None, as_json: bool, max_
     full = estimate_memory(shape, step, gpu, settings)
     priced = price_plan(1, full, gpu, target.budget.budget_bytes, max_risk) if target else None
     repair = None
-    if target is not None and priced is not None and priced.oom_risk.probability > max_risk:
+    if target is not None and priced is not None and priced.needs_bytes > target.budget.budget_bytes:
         repair = smallest_repair(shape, step, gpu, target.budget.budget_bytes, max_risk, settings)
     if as_json:
         result: dict[str, Any] = full.as_dict()
         if target is not None and priced is not None:
             result |= {
                 "budget_bytes": target.budget.budget_bytes,
-                "fits": priced.oom_risk.probability <= max_risk,
+                "fits": priced.needs_bytes <= target.budget.budget_bytes,
                 **priced.oom_risk.as_dict(),
                 "needs_bytes": priced.needs_bytes,
                 "tokens_per_second": priced.tokens_per_second,

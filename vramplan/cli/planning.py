@@ -140,7 +140,7 @@ def plan(
         if confirmation is not None:
             from ..report.probes import print_confirmation
 
-            print_confirmation(confirmation)
+            print_confirmation(confirmation, str(output or "plan.json"))
     if confirmation is not None and confirmation.rank is None:
         raise SystemExit(DoesNotFitError.exit_code)
     if start and data is not None and out is not None:
@@ -154,7 +154,7 @@ def plan(
 def confirmed(plans: PlanSet) -> Any:
     """Real passes: of the plans themselves where they can run, else of the best one's small stand-in on the CPU."""
     from ..memory_probe.confirm import confirm_here, confirm_in_small
-    from ..memory_probe.probe import probe
+    from ..memory_probe.probe import INTERRUPTED, probe
     from .probing import keep, progress
 
     best, budget, doing = plans.plans[0], plans.budget.budget_bytes, progress()
@@ -163,15 +163,30 @@ def confirmed(plans: PlanSet) -> Any:
     def run(shape: Shape, step: StepConfig) -> Any:
         cap = budget if here and step.device == "cuda" else None  # as on the card that was planned for
         found = probe(shape, step, steps=3, cap_bytes=cap, doing=doing)
+        if found.reason == INTERRUPTED:
+            raise KeyboardInterrupt
         keep(None, [found])
         return found
 
     if here:
-        return confirm_here(plans.plans, budget, run)
+        return confirm_here(plans.plans, budget, run, _another_card(plans))
     if best.step.workload != "vramplan":
         rule = "is another script's memory, which only the card can confirm"
         raise ConfigError(Problem("--confirm", best.step.workload, rule, "leave it out"))
     return confirm_in_small(best, run)
+
+
+def _another_card(plans: PlanSet) -> tuple[str, ...]:
+    """What the card here cannot show of the one that was planned for."""
+    from ..memory_probe.probe import card_of
+
+    live = live_gpu()
+    if plans.plans[0].step.device == "cpu" or live is None or plans.gpu is None:
+        return ()
+    here = card_of(live)
+    if here is not None and here.name == plans.gpu.name:
+        return ()
+    return (f"that an {plans.gpu.name} needs what this {live.name} did: its kernels and context are others",)
 
 
 def search_plans(search: dict[str, Any], collect: Collector) -> tuple[Target, list[str], PlanSet]:

@@ -64,6 +64,7 @@ def probe(
 
     Exit code: 0 it fits, 3 out of memory or spilled, 1 it failed otherwise, 2 bad input, 130 Ctrl-C.
     """
+    from ..memory_probe.probe import INTERRUPTED
     from ..memory_probe.probe import probe as run_probe
 
     _check(given)
@@ -82,7 +83,7 @@ def probe(
         from ..report.probes import print_probe
 
         print_probe(found)
-    code = 130 if found.reason == "stopped by Ctrl-C" else EXIT_CODES[found.outcome]
+    code = 130 if found.reason == INTERRUPTED else EXIT_CODES[found.outcome]
     if code:
         raise SystemExit(code)
 

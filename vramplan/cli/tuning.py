@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ import rich_click as click
 
 from ..device import compile_support, host_memory, live_gpu
 from ..errors import ConfigError, Problem, command
+from ..files import write_text
 from ..memory_probe.ledger import default_path
 from ..planner.candidates import settle_shapes
 from ..planner.gpu import Budget
 from ..planner.memory import context_bytes
 from ..planner.shape import Shape
 from ..planner.step import tokens_per_step
+from ..report.exports import with_step
 from ..runconfig import RunConfig
 from .options import FilePath, Size, refused
 from .probing import child_options, configured, keep, place_options
@@ -71,6 +74,8 @@ def tune(
     loaded = read_config(config, rank)
     name = study or _name(space)
     where = storage or _own_storage()
+    _check_place(output, "--output")
+    _check_place(plot, "--plot")
     opened = open_study(where, name, given["seed"])
     measure = space.measured_by(
         lambda arm: probe(
@@ -82,24 +87,24 @@ def tune(
     again = command("vramplan", *sys.argv[1:])
     try:
         tuned = run_study(
-            opened, space.arms(), measure, lock=session_lock(where),
+            opened, space.arms(), measure, ruled_out=space.ruled_out,
+            budget_bytes=space.budget_bytes, lock=session_lock(where),
             seconds=(given["minutes"] or math.inf) * 60, trials=given["trials"],
             patience=given["patience"], on_trial=lambda trial, best: click.echo(progress_line(trial, best), err=True),
         )  # fmt: skip
     except KeyboardInterrupt:
         click.echo(f"Stopped; every finished trial is kept in {where}. Go on with: {again}", err=True)
         raise SystemExit(130) from None
-    if plot is not None:
-        save_plot(tuned, plot)
     if output is not None and tuned.best is not None:
-        _winner(loaded, tuned.best).save(output)
+        _write_winner(loaded, tuned.best, output)
     if as_json:
         click.echo(json.dumps(as_dict(tuned, name)))
     else:
         print_tuned(tuned, f"{name} in {where}", again)
         if output is not None and tuned.best is not None:
-            conf = tuned.best.arm.alloc_conf
-            click.echo(f"Wrote {output}.{f' Run it with PYTORCH_ALLOC_CONF={conf}.' if conf else ''}")
+            click.echo(f"Wrote {output}.")
+    if plot is not None:
+        save_plot(tuned, plot)
     if tuned.best is None:
         raise SystemExit(3)
 
@@ -137,7 +142,9 @@ def _name(space: Any) -> str:
         replace(space.step, batch_size=1, grad_accum=1, loss_chunk_tokens=1, checkpointing="none", loss="full")
     )
     total = int(tokens_per_step(space.shapes[0], space.step))
-    text = json.dumps([[asdict(s) for s in space.shapes], step, total, space.compiles, getattr(space.gpu, "name", "")])
+    text = json.dumps(
+        [[asdict(s) for s in space.shapes], step, total, space.compiles, getattr(space.gpu, "name", platform.node())]
+    )
     return f"tune-{space.shapes[0].label.replace('/', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -147,10 +154,18 @@ def _own_storage() -> str:
     return f"sqlite:///{path}"
 
 
-def _winner(config: RunConfig, best: Any) -> RunConfig:
-    from ..report.exports import with_step
+def _check_place(path: Path | None, field: str) -> None:
+    """Raise ConfigError before anything is measured when a file could not be written there."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(Problem(field, str(path), "is in a directory that does not exist", "create it first"))
 
+
+def _write_winner(config: RunConfig, best: Any, output: Path) -> None:
+    """The run configuration of the best arm; what is no setting of a run stands above it as a comment."""
     plan = config.plan.model_dump() | {"tokens_per_second": best.result.tokens_per_second}
     for name in ("process_bytes", "peak_allocated_bytes", "oom_risk"):  # those of the configuration it began with
         plan[name] = None
-    return with_step(config, best.arm.shape, best.arm.step, plan)
+    text = with_step(config, best.arm.shape, best.arm.step, plan).to_toml()
+    if best.arm.alloc_conf:
+        text = f"# measured with PYTORCH_ALLOC_CONF={best.arm.alloc_conf}: set it for the run as well\n{text}"
+    write_text(output, text, "--output")

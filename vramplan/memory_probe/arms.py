@@ -71,16 +71,20 @@ class Space:
                 seen.add(key)
                 yield c
 
+    def ruled_out(self, arm: Arm) -> Result | None:
+        """The result of an arm that the estimate does not let in; None for one that has to be measured."""
+        full = estimate(arm.shape, arm.step, self.gpu, AllocatorSettings.parse(arm.alloc_conf))
+        if full.process_bytes <= self.budget_bytes:
+            return None
+        missing = full.process_bytes / self.budget_bytes - 1
+        return Result("estimate", violation=missing, reason=f"expected to need {gib(full.process_bytes)}")
+
     def measured_by(
         self, probe: Callable[[Arm], Measurement], keep: Callable[[Measurement], None]
     ) -> Callable[[Arm], Result]:
-        """What the tuner calls: the estimate first, then a probe, whose measurement is kept."""
+        """What the tuner calls for an arm that the estimate lets in: a probe, whose measurement is kept."""
 
         def measure(arm: Arm) -> Result:
-            full = estimate(arm.shape, arm.step, self.gpu, AllocatorSettings.parse(arm.alloc_conf))
-            if full.process_bytes > self.budget_bytes:
-                missing = full.process_bytes / self.budget_bytes - 1
-                return Result("estimate", violation=missing, reason=f"expected to need {gib(full.process_bytes)}")
             found = probe(arm)
             if found.outcome == "killed":
                 raise KeyboardInterrupt
@@ -95,10 +99,8 @@ class Space:
         if found.outcome != "fits" or found.tokens_per_second is None:
             return Result(found.outcome, reason=found.reason, measurement=found.id)
         needs = found.process_bytes if found.architecture != "cpu" else None
-        if needs is not None and needs > self.budget_bytes:
-            words = f"needs {gib(needs)}, more than the budget"
-            return Result("out_of_memory", violation=needs / self.budget_bytes - 1, reason=words, measurement=found.id)
-        return Result("fits", undisturbed_rate(found), reason=found.reason, measurement=found.id)
+        rate, score = undisturbed_rate(found), score_of(found)
+        return Result("fits", rate, score=score, needs_bytes=needs, reason=found.reason, measurement=found.id)
 
 
 def undisturbed_rate(found: Measurement) -> float:
@@ -106,3 +108,10 @@ def undisturbed_rate(found: Measurement) -> float:
     seconds = sorted(found.step_seconds)
     half = seconds[: (len(seconds) + 1) // 2]
     return int(tokens_per_step(found.shape, found.step_config)) / statistics.median(half)
+
+
+def score_of(found: Measurement) -> float:
+    """What arms are compared by: tokens/s, on a CPU tokens per reference step, which a busy machine changes less."""
+    if found.reference_ratio is None:
+        return undisturbed_rate(found)
+    return int(tokens_per_step(found.shape, found.step_config)) / found.reference_ratio

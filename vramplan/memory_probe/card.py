@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..trainer.checkpoint import all_finite, plain_state_dict
 from ..trainer.memory_errors import out_of_memory
 from ..trainer.model import GPT
 from ..trainer.step import TrainStep
-from .cpu import Phase, probe_optimizer
+from .cpu import Phase, probe_optimizer, random_batches, trainer
 from .scripts import Draw, ScriptLoop
 
 
@@ -35,7 +35,8 @@ class CardMeasurement:
     ``context_bytes`` is what the driver counts for the card beyond torch's allocator, before the model is built (of all
     its processes); ``process_bytes`` what it charges this process with at the end. ``phase_peaks`` are the most bytes
     allocated within each phase; a compiled step shows only forward and backward together, and the update. ``seconds``
-    are those of the optimizer steps after the first two, ``error`` the first line of what went wrong.
+    are those of the optimizer steps after the first two, ``reference_ratio`` theirs over those of a fixed step run
+    between them (a CPU only, and when timed), ``error`` the first line of what went wrong.
     """
 
     outcome: str
@@ -49,6 +50,7 @@ class CardMeasurement:
     first_step_seconds: float | None
     first_step_peak_bytes: int | None
     tokens_per_second: float | None
+    reference_ratio: float | None
     loss: float | None
     error: str = ""
 
@@ -99,13 +101,14 @@ def measure_card(
         allocated_bytes=max(log.peaks.found.values(), default=None),
         reserved_bytes=stats.get("reserved_bytes.all.peak"),
         context_bytes=context,
-        process_bytes=_own_bytes() if stats else None,
+        process_bytes=_process_bytes(context, stats) if stats else None,
         retries=stats.get("num_alloc_retries"),
         phase_peaks=log.peaks.found,
         seconds=timed,
         first_step_seconds=log.seconds[0] if log.seconds else None,
         first_step_peak_bytes=log.first_peak,
         tokens_per_second=total / statistics.median(timed) if timed else None,
+        reference_ratio=_ratio(timed, log.references[WARM_UP:]),
         loss=log.loss,
         error=error,
     )
@@ -141,6 +144,7 @@ class _Log:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: list[float] = []
+        self.references: list[float] = []
         self.loss: float | None = None
         self.first_peak: int | None = None
         cuda = device.type == "cuda"
@@ -169,6 +173,27 @@ class FollowedPhase(Phase):
         self._name = name
 
 
+REFERENCE = (
+    Shape(n_layer=2, n_head=4, n_embd=128, vocab_size=4096, block_size=128),
+    StepConfig(batch_size=4, dtype="float32", loss="full", device="cpu"),
+)
+"""A step that is run between those of a timed CPU probe: how fast the machine was just then."""
+
+
+def _reference() -> Callable[[], float]:
+    """Runs a fixed step and returns its seconds."""
+    train = trainer(*REFERENCE)
+    train.allocate()
+    train(random_batches(*REFERENCE), 1e-3)
+
+    def run() -> float:
+        start = time.perf_counter()
+        train(random_batches(*REFERENCE), 1e-3)
+        return time.perf_counter() - start
+
+    return run
+
+
 def _run(
     shape: Shape,
     step: StepConfig,
@@ -194,6 +219,7 @@ def _run(
         log.peaks.enter("step")
         run = lambda: loop.run(draw)  # noqa: E731
     steps, seconds = least
+    reference = _reference() if seconds and device.type == "cpu" else None
     number = 0
     while number < steps or (sum(log.seconds[WARM_UP:]) < seconds and number < MOST_STEPS):
         doing("compiling and running the first step" if step.compile and not number else f"running step {number + 1}")
@@ -202,6 +228,8 @@ def _run(
         log.loss = run()
         _wait(device)
         log.seconds.append(time.perf_counter() - start)
+        if reference is not None:
+            log.references.append(reference())
         if not number:
             log.first_peak = max(log.peaks.found.values(), default=None)
         number += 1
@@ -264,6 +292,11 @@ class _OurStep:
         self._train((self._draw() for _ in range(self._step.grad_accum)), 1e-3)
 
 
+def _ratio(seconds: Sequence[float], references: Sequence[float]) -> float | None:
+    """Median of each step over the reference beside it, which a disturbance slows down as well."""
+    return statistics.median(a / b for a, b in zip(seconds, references, strict=True)) if references else None
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -289,11 +322,13 @@ def _fresh_start(device: torch.device) -> int | None:
     return max(0, live.total_bytes - live.free_bytes - torch.cuda.memory_reserved(device))
 
 
-def _own_bytes() -> int | None:
-    """What the driver charges this process with, where it says so (not in most containers, not under WSL2)."""
+def _process_bytes(context: int | None, stats: dict[str, Any]) -> int | None:
+    """The most that the process held: context and reserved at their peak, or what the driver charges it with now."""
     live = live_gpu()
-    own = [p.used_bytes for p in live.processes if p.pid == os.getpid()] if live else []
-    return own[0] if own else None
+    own = [p.used_bytes for p in live.processes if p.pid == os.getpid() and p.used_bytes] if live else []
+    if context is not None:  # memory that was given back before the end is in it
+        own.append(context + int(stats["reserved_bytes.all.peak"]))
+    return max(own, default=None)
 
 
 def _set_cap(device: torch.device, allocator_bytes: int | None) -> None:

@@ -30,7 +30,9 @@ MOST_REPORT = 4 * 2**20
 """Bytes of reports that are read; a child that writes more has gone mad."""
 POLL_SECONDS = 0.05
 LAST_WORDS_SECONDS = 5.0
-"""How long its output is waited for once it is gone: a process that left its group may hold the pipe."""
+"""How long its end, and its output, are waited for once it has been killed."""
+GONE = -9
+"""Return code of a child that did not even die when it was killed."""
 
 StoppedBy = Literal["", "timeout", "host memory"]
 OnReport = Callable[[dict[str, Any]], None]
@@ -71,7 +73,7 @@ def run_child(
     Returns within ``limits.seconds`` and a few more, whatever the child does. When this is interrupted the child is
     killed first.
     """
-    with tempfile.TemporaryDirectory(prefix="vramplan-probe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vramplan-probe-", ignore_cleanup_errors=True) as folder:
         asked, told = Path(folder) / "request.json", Path(folder) / "report.jsonl"
         asked.write_text(json.dumps(request), encoding="utf-8")
         told.touch()
@@ -86,13 +88,15 @@ def run_child(
         )
         tail = _Tail(process.stdout)
         reports = _Reports(told, on_report)
+        family = _Family(process.pid)
         try:
-            stopped_by, resident = _watch(process, limits, reports, start)
+            stopped_by, resident = _watch(process, limits, reports, family, start)
         finally:
             _kill(process)
+            family.kill()
             output = tail.finish()
         return ChildEnd(
-            returncode=process.returncode,
+            returncode=GONE if process.returncode is None else process.returncode,
             stopped_by=stopped_by,
             reports=reports.finish(),
             output=output,
@@ -113,14 +117,19 @@ def _own_group() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def _watch(process: subprocess.Popen[bytes], limits: Limits, reports: _Reports, start: float) -> tuple[StoppedBy, int]:
+def _watch(
+    process: subprocess.Popen[bytes], limits: Limits, reports: _Reports, family: _Family, start: float
+) -> tuple[StoppedBy, int]:
     most = 0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_SECONDS)
             return "", most
         reports.read()
-        most = max(most, resident := _resident_bytes(process.pid))
+        resident = family.resident_bytes()
+        if limits.host_bytes is not None and resident > limits.host_bytes:
+            resident = family.resident_bytes(shared_once=True)
+        most = max(most, resident)
         if time.monotonic() - start > limits.seconds:
             return "timeout", most
         if limits.host_bytes is not None and resident > limits.host_bytes:
@@ -136,7 +145,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
     with contextlib.suppress(OSError):
         process.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may keep it from dying
+        process.wait(LAST_WORDS_SECONDS)
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -173,41 +183,81 @@ class _Reports:
         self._found: list[dict[str, Any]] = []
 
     def read(self) -> None:
+        """Take what has been written since; nothing when the child has taken the file away."""
         if self._read_bytes >= MOST_REPORT:
             return
-        with self._path.open("rb") as file:
-            file.seek(self._read_bytes)
-            piece = file.read(MOST_REPORT - self._read_bytes)
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                piece = file.read(MOST_REPORT - self._read_bytes)
+        except OSError:
+            return
         self._read_bytes += len(piece)
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
-            try:
-                report = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(report, dict):
-                self._found.append(report)
-                if self._on_report is not None:
-                    self._on_report(report)
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            report = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(report, dict):
+            self._found.append(report)
+            if self._on_report is not None:
+                self._on_report(report)
 
     def finish(self) -> tuple[dict[str, Any], ...]:
-        with contextlib.suppress(OSError):
-            self.read()
+        self.read()
+        self._take(self._rest)
         return tuple(self._found)
 
 
-def _resident_bytes(pid: int) -> int:
-    """Resident memory of a process and its descendants; 0 where /proc does not tell."""
-    total, waiting = 0, [pid]
-    while waiting:
-        folder = PROC / str(waiting.pop())
-        try:
-            total += int((folder / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            for task in (folder / "task").iterdir():
-                waiting += map(int, (task / "children").read_text(encoding="ascii").split())
-        except (OSError, ValueError, IndexError, AttributeError):
-            continue
-    return total
+class _Family:
+    """A process and its descendants, also those that have left its group, as far as /proc tells."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._seen: dict[int, str] = {}
+
+    def resident_bytes(self, *, shared_once: bool = False) -> int:
+        """Resident memory of all; 0 where /proc does not tell. ``shared_once``: pages that forks share count once."""
+        total, waiting = 0, [self._pid]
+        while waiting:
+            pid = waiting.pop()
+            folder = PROC / str(pid)
+            try:
+                total += _proportional_bytes(folder) if shared_once else _resident_bytes(folder)
+                self._seen[pid] = _started(folder)
+                for task in (folder / "task").iterdir():
+                    waiting += map(int, (task / "children").read_text(encoding="ascii").split())
+            except (OSError, ValueError, IndexError, AttributeError):
+                continue
+        return total
+
+    def kill(self) -> None:
+        """End every descendant that was seen and is still the same process."""
+        for pid, started in self._seen.items():
+            with contextlib.suppress(OSError, IndexError):
+                if pid != self._pid and _started(PROC / str(pid)) == started:
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _resident_bytes(folder: Path) -> int:
+    return int((folder / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _proportional_bytes(folder: Path) -> int:
+    """What a process holds, a page that n processes share as an n-th."""
+    for line in (folder / "smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return _resident_bytes(folder)
+
+
+def _started(folder: Path) -> str:
+    """When a process began: with its number this names it for good."""
+    return (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
 
 
 def _oom_kills() -> int:

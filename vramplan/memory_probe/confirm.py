@@ -55,18 +55,23 @@ class Confirmation:
         }
 
 
-def confirm_here(plans: Sequence[Plan], budget_bytes: int, probe: Probe) -> Confirmation:
-    """Run the plans on their own device, best first, until one stays within the budget."""
+def confirm_here(
+    plans: Sequence[Plan], budget_bytes: int, probe: Probe, unconfirmed: tuple[str, ...] = ()
+) -> Confirmation:
+    """Run the plans on their own device, best first, until one stays within the budget.
+
+    ``unconfirmed`` is what this device cannot show of the one that was planned for.
+    """
     tried: list[Tried] = []
     for plan in plans:
         found = probe(plan.shape, fewer_micro_batches(plan.step))
         why = _why_not(found, budget_bytes)
         tried.append(Tried(plan.rank, found, not why, why or "it ran, and stayed within the budget"))
         if not why:
-            return Confirmation(plan.rank, tuple(tried))
+            return Confirmation(plan.rank, tuple(tried), unconfirmed)
         if found.outcome == "killed":
             break
-    return Confirmation(None, tuple(tried))
+    return Confirmation(None, tuple(tried), unconfirmed)
 
 
 def confirm_in_small(plan: Plan, probe: Probe) -> Confirmation:

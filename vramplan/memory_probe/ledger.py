@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .measurement import Measurement  # whose import takes longer than a plan's whole search
 
 SCHEMA = 1
+MAGIC = b"SQLite format 3\0"
+SUFFIXES = (".sqlite", ".sqlite3", ".db")
 BUSY_SECONDS = 30.0
 ENVIRONMENT = "VRAMPLAN_LEDGER"
 
@@ -33,11 +35,12 @@ _CREATE = """
 create table if not exists measurements (
     id text primary key, time text not null, device text not null, architecture text not null,
     workload text not null, mode text not null, configuration text not null, outcome text not null,
-    residual real, expected_bytes integer not null, measurement text not null
+    residual real, at_least integer not null, expected_bytes integer not null, measurement text not null
 )
 """
 _COLUMNS = (
-    "id, time, device, architecture, workload, mode, configuration, outcome, residual, expected_bytes, measurement"
+    "id, time, device, architecture, workload, mode, configuration, outcome, residual, at_least, expected_bytes, "
+    "measurement"
 )
 
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
@@ -101,7 +104,7 @@ class Ledger:
             before = connection.total_changes
             with connection:
                 connection.executemany(
-                    f"insert or ignore into measurements ({_COLUMNS}) values ({', '.join('?' * 11)})",
+                    f"insert or ignore into measurements ({_COLUMNS}) values ({', '.join('?' * 12)})",
                     [_row(m) for m in measurements],
                 )
             return connection.total_changes - before
@@ -149,12 +152,14 @@ class Ledger:
     def evidence(self, architecture: str) -> Evidence:
         """The residuals of one architecture, of each configuration the worst."""
         rows = self._rows(
-            "select workload, mode, max(residual), expected_bytes from measurements "
+            "select workload, mode, max(residual), expected_bytes, at_least from measurements "
             "where architecture = ? and typeof(residual) = 'real' and residual between -1 and ? "
             "and typeof(expected_bytes) = 'integer' group by workload, mode, configuration",
             (architecture, _LARGEST_RESIDUAL),
         )
-        return Evidence(tuple(Residual(*row) for row in rows))
+        return Evidence(
+            tuple(Residual(work, mode, error, size, bool(at_least)) for work, mode, error, size, at_least in rows)
+        )
 
     def __len__(self) -> int:
         return next((int(n) for (n,) in self._rows("select count(*) from measurements")), 0)
@@ -234,6 +239,8 @@ class Ledger:
         except FileNotFoundError:
             pass
         except _UnsoundError as error:
+            if error.word and not self._looks_like_ours():
+                raise self._unusable(f"it {error.why}, and nothing says that it ever was one") from None
             if error.word:
                 self._set_aside(error.word, error.why)
         with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
@@ -243,6 +250,13 @@ class Ledger:
                 connection.execute(_CREATE)
                 connection.execute(f"pragma user_version = {SCHEMA}")
         return self._connect()
+
+    def _looks_like_ours(self) -> bool:
+        """Whether what is here may be renamed: by its place, its name or its first bytes it is a database."""
+        if self.path == default_path() or self.path.suffix in SUFFIXES:
+            return True
+        with self.path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
 
     def _set_aside(self, word: str, why: str) -> None:
         """Rename the file, with its log."""
@@ -283,7 +297,7 @@ def _row(m: Measurement) -> tuple[object, ...]:
     expected = m.expected_allocated_bytes if m.architecture == "cpu" else m.expected_process_bytes
     return (
         m.id, utc_text(m.when), m.device, m.architecture, m.step.workload, m.mode, m.configuration, m.outcome, residual,
-        expected, m.model_dump_json(),
+        m.ran_out_unexpectedly, expected, m.model_dump_json(),
     )  # fmt: skip
 
 

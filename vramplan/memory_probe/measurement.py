@@ -32,6 +32,7 @@ class Measurement(BaseModel):
     dispatcher on a CPU, the CPU allocator's own events for a compiled step. ``process_bytes`` is what the driver
     charges the process with, on a CPU its largest resident memory. ``expected_*`` are the estimate's figures.
     ``phase_peaks`` are the most bytes allocated within each phase. ``cap_bytes`` is the limit it ran under, if any,
+    ``limit_bytes`` what the card had free for it, or that limit,
     ``alloc_conf`` its PYTORCH_ALLOC_CONF.
     ``first_step_*``: where a compiled step also compiles and tunes its kernels.
     """
@@ -50,6 +51,7 @@ class Measurement(BaseModel):
     driver: str | None = None
     torch: str | None = None
     cap_bytes: Bytes | None = None
+    limit_bytes: Bytes | None = None
     alloc_conf: str = ""
     method: Method = ""
     allocated_bytes: Bytes | None = None
@@ -64,6 +66,7 @@ class Measurement(BaseModel):
     first_step_peak_bytes: Bytes | None = None
     wall_seconds: Seconds = 0.0
     loss: float | None = None
+    reference_ratio: Rate | None = None
     expected_allocated_bytes: Bytes = 0
     expected_reserved_bytes: Bytes = 0
     expected_process_bytes: Bytes = 0
@@ -119,9 +122,20 @@ class Measurement(BaseModel):
 
     @property
     def residual(self) -> float | None:
-        """The error that counts as evidence: of the process, or of the allocated bytes where that is not known."""
+        """The error that counts as evidence: of the process, or of the allocated bytes where that is not known.
+
+        Of a step that ran out of memory which should have sufficed it is the least that it can have been.
+        """
+        if self.ran_out_unexpectedly:
+            return (self.limit_bytes or 0) / self.expected_process_bytes - 1
         error = self.process_error
         return self.allocated_error if error is None else error
+
+    @property
+    def ran_out_unexpectedly(self) -> bool:
+        """Whether the estimate would have let it in, and it ran out of the card's memory all the same."""
+        known = self.limit_bytes is not None and self.expected_process_bytes > 0 and self.architecture != "cpu"
+        return known and self.outcome == "out_of_memory" and self.expected_process_bytes <= (self.limit_bytes or 0)
 
     def _error(self, measured: int | None, expected: int) -> float | None:
         return measured / expected - 1 if self.completed and measured and expected else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..planner.failures import failure_of
+from ..planner.failures import failure_of, last_failure
 from ..units import gib
 from .child import ChildEnd
 from .measurement import Outcome
@@ -35,32 +35,33 @@ def ending(end: ChildEnd) -> Ending:
         return Ending("out_of_memory", f"host memory: it held {gib(end.resident_bytes)}, more than it was allowed")
     failed = next((r for r in end.reports if r.get("kind") == "failed"), None)
     if failed is not None:
-        return _raised(str(failed.get("text", "")), _words(failed.get("types")))
-    if any(r.get("kind") == "measured" for r in end.reports):
+        return _raised(str(failed.get("text", "")), _words(failed.get("types")), end)
+    if end.returncode == 0 and any(r.get("kind") == "measured" for r in end.reports):
         return Ending("fits", "ran to its end")
     return _died(end)
 
 
-def _raised(text: str, kinds: Sequence[str]) -> Ending:
+def _raised(text: str, kinds: Sequence[str], end: ChildEnd) -> Ending:
+    if "KeyboardInterrupt" in kinds:
+        return Ending("killed", f"stopped from outside (SIGINT){_while(end)}")
     failure = failure_of(text, kinds)
     return Ending(failure.kind, failure.reason)
 
 
 def _died(end: ChildEnd) -> Ending:
     """It left no result and no exception: a signal, a crash of the interpreter, or an exit without a word."""
-    if hasattr(signal, "SIGKILL") and end.returncode == -signal.SIGKILL:
-        if end.oom_killed:
-            return Ending("out_of_memory", f"the kernel killed it for want of host memory{_while(end)}")
-        return Ending("killed", f"killed from outside (SIGKILL){_while(end)}")
-    if end.returncode in (-signal.SIGINT, -signal.SIGTERM):
-        return Ending("killed", f"stopped from outside ({_signal_name(-end.returncode)}){_while(end)}")
-    said = failure_of(end.output)
-    if said.kind == "out_of_memory":
+    name = _signal_name(-end.returncode) if end.returncode < 0 else ""
+    if name == "SIGKILL" and end.oom_killed:
+        return Ending("out_of_memory", f"the kernel killed it for want of host memory{_while(end)}")
+    if name in ("SIGKILL", "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
+        return Ending("killed", f"killed from outside ({name}){_while(end)}")
+    said = last_failure(end.output)
+    if said is not None and said.kind == "out_of_memory" and name in ("", "SIGABRT"):
         return Ending("out_of_memory", said.reason)
-    if end.returncode < 0:
-        return Ending("not_memory", f"it crashed ({_signal_name(-end.returncode)}){_while(end)}")
+    if name:
+        return Ending("not_memory", f"it crashed ({name}){_while(end)}")
     lines = [line.strip() for line in end.output.splitlines() if line.strip()]
-    words = f": {said.reason if ': ' in said.reason else lines[-1]}" if lines else ""
+    words = f": {said.reason if said else lines[-1]}" if lines else ""
     return Ending("not_memory", f"it ended with code {end.returncode} and no result{words}")
 
 

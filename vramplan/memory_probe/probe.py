@@ -39,6 +39,15 @@ EAGER_SECONDS, COMPILED_SECONDS = 600.0, 1800.0
 HOST_RESERVE = 512 * MIB
 """Host memory that a child must leave to the rest of the machine."""
 
+FIGURES = (
+    "method", "device", "architecture", "torch", "total_bytes", "allocated_bytes", "reserved_bytes", "process_bytes",
+    "context_bytes", "retries", "phase_peaks", "step_seconds", "tokens_per_second", "first_step_seconds",
+    "first_step_peak_bytes", "loss", "reference_ratio",
+)  # fmt: skip
+"""What a child may report."""
+
+INTERRUPTED = "stopped by Ctrl-C"
+
 Doing = Callable[[str], None]
 
 
@@ -80,23 +89,26 @@ def probe(
     try:
         end = run_child(
             argv or python_child(WORKER), request, limits, env=_environment(alloc_conf),
-            on_report=lambda report: doing(str(report["doing"])) if report.get("kind") == "doing" else None,
+            on_report=lambda report: doing(str(report.get("doing"))) if report.get("kind") == "doing" else None,
         )  # fmt: skip
         how = ending(end)
+        how = replace(how, reason=_shown(how.reason))
     except KeyboardInterrupt:
-        end, how = None, Ending("killed", "stopped by Ctrl-C")
+        end, how = None, Ending("killed", INTERRUPTED)
     figures = _figures(end)
     expected = float(tokens_per_second(shape, step, card)) if card is not None else None
     common: dict[str, Any] = {
         "id": uuid.uuid4().hex, "when": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__,
         "model": _section(ModelSection, shape), "step": _section(StepSection, step),
-        "driver": live.driver if live else None, "cap_bytes": cap_bytes, "alloc_conf": alloc_conf,
+        "driver": live.driver if live else None, "limit_bytes": _limit(live, cap_bytes), "cap_bytes": cap_bytes,
+        "alloc_conf": alloc_conf,
         "device": live.name if live else "", "architecture": architecture_of(live, step),
         "wall_seconds": end.seconds if end else 0.0, "expected_allocated_bytes": full.peak_allocated_bytes,
         "expected_reserved_bytes": full.peak_reserved_bytes, "expected_process_bytes": full.process_bytes,
         "expected_tokens_per_second": expected,
     }  # fmt: skip
-    total = figures.pop("total_bytes", None)
+    total = figures.pop("total_bytes", None) if isinstance(figures.get("total_bytes"), int) else None
+    figures.pop("total_bytes", None)
     try:
         found = Measurement.model_validate(common | figures | {"outcome": how.outcome, "reason": how.reason})
     except ValueError:  # a child that was not our worker, or one gone mad: its figures are worth nothing
@@ -158,6 +170,12 @@ def _host_limit(given: int | None) -> int | None:
     return free if given is None else min(given, free)
 
 
+def _limit(live: LiveGpu | None, cap_bytes: int | None) -> int | None:
+    """What a process on the card may take: the cap, or what is free."""
+    known = [n for n in (cap_bytes, live.free_bytes if live else None) if n is not None]
+    return min(known, default=None) if live is not None else None
+
+
 def _environment(alloc_conf: str) -> dict[str, str]:
     """The child's: ours, with the allocator's settings under both of the names that torch has used."""
     found = dict(os.environ)
@@ -167,14 +185,19 @@ def _environment(alloc_conf: str) -> dict[str, str]:
 
 
 def _figures(end: ChildEnd | None) -> dict[str, Any]:
-    """What the child measured, also in part, if it says so."""
+    """What the child measured, also in part, if it says so: figures only, nothing that its parent knows better."""
     if end is None:
         return {}
     told = [r for r in end.reports if r.get("kind") in ("measured", "partly")][-1:]
-    values = {k: v for r in told for k, v in r.items() if k != "kind"}
-    if "step_seconds" in values:
+    values = {name: _shown(r[name]) for r in told for name in FIGURES if name in r}
+    if isinstance(values.get("step_seconds"), list):
         values["step_seconds"] = tuple(values["step_seconds"])
     return values
+
+
+def _shown(value: Any) -> Any:
+    """Text as it can be stored: halves of characters, from paths that are no UTF-8, are replaced."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _section(kind: Any, value: Any) -> dict[str, Any]:

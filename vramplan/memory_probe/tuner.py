@@ -43,7 +43,7 @@ GAIN = 0.01
 PATIENCE = 10
 """Measured arms without an improvement after which the study has reached its plateau."""
 
-STALE_SECONDS = 7200.0
+STALE_SECONDS = 86_400.0
 """A trial of another machine that has run for so long is given up."""
 
 BUSY_SECONDS = 60.0
@@ -83,15 +83,23 @@ class Arm:
 class Result:
     """What measuring an arm gave: tokens/s, or None and by which share memory was missed (``violation``, above 0).
 
-    ``outcome`` is the measurement's, or ``estimate`` when the estimate alone ruled it out; ``failed`` neither fits nor
-    speaks about memory.
+    ``score`` is what arms are compared by, tokens/s unless something steadier is known; ``needs_bytes`` what the
+    process took, which another session may have less of. ``outcome`` is the measurement's, or ``estimate`` when the
+    estimate alone ruled it out; ``failed`` neither fits nor speaks about memory.
     """
 
     outcome: str
     tokens_per_second: float | None = None
     violation: float | None = None
+    score: float | None = None
+    needs_bytes: int | None = None
     reason: str = ""
     measurement: str = ""
+
+    @property
+    def value(self) -> float:
+        """The score, or tokens/s; 0 for what did not run."""
+        return self.score or self.tokens_per_second or 0.0
 
     @property
     def failed(self) -> bool:
@@ -124,6 +132,7 @@ class Tuned:
 
 
 Measure = Callable[[Arm], Result]
+RuledOut = Callable[[Arm], Result | None]
 OnTrial = Callable[[Trial, Trial | None], None]
 
 
@@ -151,19 +160,22 @@ def open_study(storage: str, name: str, seed: int = 0) -> optuna.Study:
         elif storage.startswith("sqlite"):
             waiting = {"connect_args": {"timeout": BUSY_SECONDS}}
             found = optuna.storages.RDBStorage(storage, engine_kwargs=waiting)
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=found, study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
         )
     except Exception as error:  # SQLAlchemy's, the database driver's or the file system's
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "use sqlite:///FILE, a FILE.journal, or another of Optuna's URLs"
         raise ConfigError(Problem("--storage", storage, f"cannot be used ({first})", remedy)) from None
+    if [d.name for d in study.directions] != ["MAXIMIZE"]:
+        raise ConfigError(Problem("--study", name, "was made for something else in this storage", "name another"))
+    return study
 
 
 def session_lock(storage: str) -> contextlib.AbstractContextManager[object]:
     """What a session holds while it takes a trial: SQLite would give the same enqueued one to two of them."""
-    path = storage.removeprefix("sqlite:///")
-    if path == storage or not path or path == ":memory:":
+    path = storage.removeprefix("sqlite:///").partition("?")[0]
+    if not storage.startswith("sqlite:///") or not path or path == ":memory:":
         return contextlib.nullcontext()
     from filelock import FileLock
 
@@ -175,6 +187,8 @@ def tune(
     arms: Sequence[Arm],
     measure: Measure,
     *,
+    ruled_out: RuledOut = lambda arm: None,
+    budget_bytes: int | None = None,
     lock: contextlib.AbstractContextManager[object] | None = None,
     seconds: float = math.inf,
     trials: int | None = None,
@@ -184,14 +198,15 @@ def tune(
     """Measure arms until nothing better has come for ``patience`` of them, or time, trials or arms are used up.
 
     ``arms`` in the planner's order, best first, those that the estimate rules out last. What the study knows already
-    counts and is not measured again. ``lock`` is held while an arm is taken (:func:`session_lock`). When ``measure`` is
-    interrupted the study is left as it is, without the arm that was being measured.
+    counts and is not measured again. ``ruled_out`` gives the result of an arm that need not be measured, which holds
+    for this session only; an arm that took more than ``budget_bytes`` is none that fits. ``lock`` is held while an arm
+    is taken (:func:`session_lock`). When ``measure`` is interrupted the study is left as it is, without the arm that
+    was being measured.
     """
     if not arms:
         raise ConfigError(Problem("arms", "missing", "there is nothing to try", "allow more settings"))
-    return _Tuner(study, arms, measure, lock or contextlib.nullcontext()).run(
-        seconds, trials or len(arms), patience, on_trial
-    )
+    tuner = _Tuner(study, arms, measure, ruled_out, budget_bytes, lock or contextlib.nullcontext())
+    return tuner.run(seconds, trials or len(arms), patience, on_trial)
 
 
 class _Tuner:
@@ -202,9 +217,13 @@ class _Tuner:
         study: optuna.Study,
         arms: Sequence[Arm],
         measure: Measure,
+        ruled_out: RuledOut,
+        budget_bytes: int | None,
         lock: contextlib.AbstractContextManager[object],
     ) -> None:
         self._study, self._measure, self._lock = study, measure, lock
+        self._check, self._budget_bytes = ruled_out, budget_bytes
+        self._checked: dict[Key, Result | None] = {}
         self._arms = {arm.key: arm for arm in arms}
         self._levels = {name: sorted({arm.params[name] for arm in arms}) for name in SETTINGS}
         _check_space(study, self._levels)
@@ -222,7 +241,7 @@ class _Tuner:
                 break
             arm = self._arms[key_of(trial.params)]
             try:
-                result = self._measure(arm)
+                result = self._ruled_out(arm) or self._measure(arm)
             except BaseException:
                 self._study.tell(trial, state=_states().FAIL)
                 raise
@@ -232,18 +251,36 @@ class _Tuner:
 
     # ---------------------------------------------------------------- what is known
 
+    def _ruled_out(self, arm: Arm) -> Result | None:
+        if arm.key not in self._checked:
+            self._checked[arm.key] = self._check(arm)
+        return self._checked[arm.key]
+
     def _trials(self) -> list[Trial]:
-        """Finished trials of arms that are still arms; the first, where two sessions took the same."""
+        """Finished trials of arms that are still arms; the first, where two sessions took the same.
+
+        What an estimate ruled out under another budget does not count.
+        """
         found: dict[Key, Trial] = {}
         for trial in self._study.get_trials(deepcopy=False):
             arm = self._arms.get(key_of(trial.params))
-            if arm is not None and "outcome" in trial.user_attrs and trial.state.is_finished():
+            if arm is not None and self._counts(trial) and trial.state.is_finished():
                 found.setdefault(arm.key, Trial(trial.number, arm, _result(trial.user_attrs)))
         return list(found.values())
 
     def _best(self) -> Trial | None:
-        running = [t for t in self._trials() if t.result.tokens_per_second is not None]
-        return max(running, key=lambda t: t.result.tokens_per_second or 0.0, default=None)
+        running = [t for t in self._trials() if t.result.value and self._fits(t)]
+        return max(running, key=lambda t: t.result.value, default=None)
+
+    def _fits(self, trial: Trial) -> bool:
+        """Whether it stays within what there is now."""
+        needs, budget = trial.result.needs_bytes, self._budget_bytes
+        return self._ruled_out(trial.arm) is None and (needs is None or budget is None or needs <= budget)
+
+    def _counts(self, trial: Any) -> bool:
+        """Whether a trial of the study has a result that holds for this session."""
+        outcome = trial.user_attrs.get("outcome")
+        return outcome is not None and (outcome != "estimate" or key_of(trial.params) in self._checked)
 
     def _taken(self) -> set[Key]:
         """Arms that are measured, or being measured by somebody."""
@@ -251,7 +288,7 @@ class _Tuner:
         return {
             key_of(t.params)
             for t in self._study.get_trials(deepcopy=False)
-            if t.state == states.RUNNING or "outcome" in t.user_attrs
+            if t.state == states.RUNNING or self._counts(t)
         }
 
     def _reason_to_stop(self, start: float, seconds: float, most: int, patience: int) -> str:
@@ -263,7 +300,7 @@ class _Tuner:
             return "the time is used up"
         best, since = 0.0, 0
         for trial in probed:
-            rate = trial.result.tokens_per_second or 0.0
+            rate = trial.result.value
             best, since = (rate, 0) if rate > best * (1 + GAIN) else (max(best, rate), since + 1)
         if since >= patience and next(self._first_arms(), None) is None:
             return f"no improvement by {GAIN:.0%} in {since} arms"
@@ -304,7 +341,7 @@ class _Tuner:
         key = key_of(trial.params)
         running = _states().RUNNING
         return key in self._arms and not any(
-            "outcome" in other.user_attrs or (other.state == running and other.number < trial.number)
+            self._counts(other) or (other.state == running and other.number < trial.number)
             for other in self._study.get_trials(deepcopy=False)
             if other.number != trial.number and key_of(other.params) == key
         )
@@ -335,7 +372,7 @@ class _Tuner:
 
     def _effect(self, name: str, level: Any) -> float:
         """Mean log of tokens/s of the measured arms with this level, against those that differ in it alone."""
-        rates = {t.arm.key: math.log(t.result.tokens_per_second) for t in self._trials() if t.result.tokens_per_second}
+        rates = {t.arm.key: math.log(t.result.value) for t in self._trials() if t.result.value}
         index = SETTINGS.index(name)
         gains = []
         for key, rate in rates.items():
@@ -364,8 +401,9 @@ class _Tuner:
         if result.failed:
             self._study.tell(trial, state=_states().FAIL)
             return
-        trial.set_constraint(VIOLATED, result.violation if result.violation is not None else 0.0)
-        self._study.tell(trial, result.tokens_per_second or 0.0)
+        missing = (result.needs_bytes or 0) / self._budget_bytes - 1 if self._budget_bytes else 0.0
+        trial.set_constraint(VIOLATED, result.violation if result.violation is not None else max(0.0, missing))
+        self._study.tell(trial, result.value)
 
     def _give_up_stale(self) -> None:
         """Trials whose process is gone: finished ones are closed with their result, the others were never measured."""
@@ -398,7 +436,7 @@ def _abandoned(trial: Any) -> bool:
     if trial.datetime_start is not None and time.time() - trial.datetime_start.timestamp() > STALE_SECONDS:
         return True
     host, pid = trial.user_attrs.get("session", ("", 0))
-    if host != platform.node():
+    if host != platform.node() or os.name == "nt":  # where asking for a process would interrupt it
         return False
     if pid == os.getpid():
         return True

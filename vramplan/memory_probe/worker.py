@@ -83,15 +83,12 @@ def _on_card(shape: Any, step: Any, request: dict[str, Any], report: Report, tor
     if found.error:
         report.write("partly", allocated_bytes=found.allocated_bytes, reserved_bytes=found.reserved_bytes)
         raise torch.OutOfMemoryError(found.error)
-    process = found.process_bytes
-    if process is None and found.context_bytes is not None and found.reserved_bytes is not None:
-        process = found.context_bytes + found.reserved_bytes
     major, minor = torch.cuda.get_device_capability(device)
     return {
         "method": "allocator statistics", "device": torch.cuda.get_device_name(device),
         "architecture": f"{major}.{minor}", "total_bytes": torch.cuda.get_device_properties(device).total_memory,
         "torch": torch.__version__, "allocated_bytes": found.allocated_bytes, "reserved_bytes": found.reserved_bytes,
-        "context_bytes": found.context_bytes, "process_bytes": process, "retries": found.retries,
+        "context_bytes": found.context_bytes, "process_bytes": found.process_bytes, "retries": found.retries,
         "phase_peaks": found.phase_peaks, **_timing(found),
     }  # fmt: skip
 
@@ -134,6 +131,7 @@ def _on_cpu(shape: Any, step: Any, request: dict[str, Any], report: Report, torc
 def _timing(found: Any) -> dict[str, Any]:
     return {
         "step_seconds": list(found.seconds), "tokens_per_second": found.tokens_per_second, "loss": found.loss,
+        "reference_ratio": found.reference_ratio,
         "first_step_seconds": found.first_step_seconds, "first_step_peak_bytes": found.first_step_peak_bytes,
     }  # fmt: skip
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 NEAR = 4.0
-"""Measurements speak for estimates up to so many times the largest of them; beyond, they are passed over."""
+"""A measurement speaks for estimates up to so many times its own; for larger ones it is passed over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Residual:
     """One measured configuration: ``error`` is measured over expected less 1, ``expected_bytes`` what was expected.
 
-    ``mode`` is ``eager`` or ``compiled``.
+    ``mode`` is ``eager`` or ``compiled``. ``at_least``: it ran out of memory that should have sufficed, so that its
+    error is this or more.
     """
 
     workload: str
     mode: str
     error: float
     expected_bytes: int
+    at_least: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,14 @@ class Evidence:
     """A residual for each configuration that was measured on one architecture."""
 
     residuals: tuple[Residual, ...] = ()
-    _known: dict[tuple[str, str], tuple[list[float], int]] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[tuple[str, str], tuple[Residual, ...]] = field(default_factory=dict, compare=False, repr=False)
 
-    def of(self, workload: str, mode: str) -> tuple[list[float], int]:
-        """The errors of a workload and mode, ascending, and up to which expected bytes they speak."""
+    def of(self, workload: str, mode: str) -> tuple[Residual, ...]:
+        """Those of a workload and mode, by the largest estimate that they speak for, ascending."""
         key = workload, mode
         if key not in self._known:
             own = [r for r in self.residuals if (r.workload, r.mode) == key]
-            reach = int(NEAR * max((r.expected_bytes for r in own), default=0))
-            self._known[key] = sorted(r.error for r in own), reach
+            self._known[key] = tuple(sorted(own, key=lambda r: r.expected_bytes))
         return self._known[key]
 
 

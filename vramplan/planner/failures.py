@@ -14,6 +14,7 @@ FailureKind = Literal["out_of_memory", "not_memory"]
 
 NOT_MEMORY = (
     (r"no valid triton configs|out of resources?\b|outofresources", "a Triton kernel asks for more than the chip has"),
+    (r"memory in static tls block", "the loader has no room for another library's thread data"),
     (r"illegal memory access|misaligned address", "a kernel touched memory that is not its own"),
     (r"device-side assert", "a kernel's own check failed (often a token beyond the vocabulary)"),
     (
@@ -30,7 +31,7 @@ NOT_MEMORY = (
 OUT_OF_MEMORY = (
     r"out of memory",
     r"outofmemory",
-    r"(cublas|cudnn|cusolver|cusparse|cufft|nccl)\w*alloc_?failed",
+    r"(cublas|cudnn|cusolver|cusparse|cufft|nccl)\w*alloc(ation)?_?failed",
     r"cudaerrormemoryallocation",
     r"failed to allocate",
     r"(can ?no|can')t allocate memory",
@@ -38,9 +39,11 @@ OUT_OF_MEMORY = (
     r"unable to allocate [\d.]+ [kmgt]?i?b",
     r"aoti_torch_empty_strided.*failed",
     r"std::bad_alloc",
+    r"killed signal terminated program",
     r"memoryerror",
 )
-"""torch and its C++ wrapper, CUDA's libraries, the host's allocators on Linux and Windows, numpy, the C++ runtime."""
+"""torch and its C++ wrapper, CUDA's libraries, the host's allocators on Linux and Windows, numpy, the C++ runtime, and
+a compiler that the kernel killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,15 @@ def failure_of(text: str, kinds: Sequence[str] = ()) -> Failure:
     if {"OutOfMemoryError", "MemoryError"} & set(kinds):
         return Failure("out_of_memory", first)
     return Failure("not_memory", f"{kinds[0]}: {first}" if kinds else first)
+
+
+def last_failure(output: str) -> Failure | None:
+    """What the last telling line of a program's output says; None when none does."""
+    for line in reversed(output.splitlines()):
+        found = failure_of(line)
+        if found.kind == "out_of_memory" or ": " in found.reason.removesuffix(line.strip()):
+            return found
+    return None
 
 
 def _line(text: str, found: re.Match[str]) -> str:

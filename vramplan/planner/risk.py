@@ -9,12 +9,13 @@ is that assumption alone, and the answer says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
-from .evidence import NO_EVIDENCE, Evidence
+from .evidence import NEAR, NO_EVIDENCE, Evidence, Residual
 from .memory import Estimate
 from .shape import Ints
 from .step import StepConfig
@@ -29,6 +30,9 @@ PRIOR_WEIGHT = 10
 
 ENOUGH = 99
 """Measurements from which on the risk is their share: a bound of 1 % takes so many."""
+
+UNBOUNDED = 9.0
+"""Stands for the error of what ran out: ten times what was expected."""
 
 LARGEST_RISK = 0.5
 """Beyond it a plan would be expected to run out."""
@@ -88,17 +92,24 @@ def oom_risk(
     process_bytes: int, budget_bytes: int, step: StepConfig, evidence: Evidence = NO_EVIDENCE, *, outside: bool = False
 ) -> OomRisk:
     """Probability that the process needs more than the budget, both in bytes."""
-    errors = _errors(process_bytes, step, evidence, outside)
-    margin = budget_bytes / process_bytes - 1
-    above, n = sum(error > margin for error in errors), len(errors)
-    bias, sigma = posterior(errors, assumed_error(step, outside=outside))
-    tail = 1 - NormalDist(bias, sigma).cdf(margin)
+    known = () if outside else evidence.of(step.workload, mode_of(step))
+    near = tuple(r for r in known if process_bytes <= NEAR * r.expected_bytes)
+    margin, assumed = budget_bytes / process_bytes - 1, assumed_error(step, outside=outside)
+    found = _risk(near, margin, assumed)
+    if known and not near:  # what smaller ones showed can only make it worse
+        return max(found, _risk(known, margin, assumed), key=lambda risk: risk.probability)
+    return found
+
+
+def _risk(known: Sequence[Residual], margin: float, assumed: float) -> OomRisk:
+    """The chance that a further error exceeds ``margin``."""
+    n, above = len(known), sum(error > margin for error in _errors(known))
     if n >= ENOUGH:
         # one more measurement is as likely to be any of the n + 1 in order of size
-        bound = (1 + above) / (n + 1)
         reason = f"{above} of {n} measured configurations needed more than this; no distribution is assumed"
-        return OomRisk(_bounded(bound if above else min(bound, tail)), reason, n, _wilson(above, n))
-    probability = _bounded(max(tail, above / (n + 1)))
+        return OomRisk((1 + above) / (n + 1), reason, n, _wilson(above, n))
+    bias, sigma = posterior([r.error for r in known], assumed)
+    probability = _bounded(max(1 - NormalDist(bias, sigma).cdf(margin), above / (n + 1)))
     doubt = _Z / math.sqrt(2 * (PRIOR_WEIGHT + n))  # of a standard deviation, relative
     ends = [_bounded(1 - NormalDist(bias, sigma * (1 + sign * doubt)).cdf(margin)) for sign in (-1, 1)]
     interval = (min(*ends, probability), max(*ends, probability))
@@ -118,14 +129,20 @@ def needed_bytes(
     outside: bool = False,
 ) -> Ints:
     """Smallest budget in bytes that keeps the risk within ``max_risk`` (0 < max_risk <= 0.5); vectorised."""
-    prior = process_bytes * (1 + _quantile([], assumed_error(step, outside=outside), max_risk))
-    errors, reach = evidence.of(step.workload, mode_of(step))
-    if outside or not errors:
-        return prior
-    measured = process_bytes * (1 + _quantile(errors, assumed_error(step), max_risk))
-    if isinstance(process_bytes, int):
-        return measured if process_bytes <= reach else prior
-    return np.where(np.asarray(process_bytes) <= reach, measured, prior)
+    assumed = assumed_error(step, outside=outside)
+    known = () if outside else evidence.of(step.workload, mode_of(step))
+    if not known:
+        return process_bytes * (1 + _quantile((), assumed, max_risk))
+    # how many of the residuals, which are in order of size, are too small to speak
+    reaches = np.array([NEAR * r.expected_bytes for r in known])
+    silent = np.searchsorted(reaches, np.asarray(process_bytes), side="left")
+    margins = np.zeros(np.shape(silent))
+    for n in np.unique(silent):
+        margin = _quantile(known[n:], assumed, max_risk)
+        if n == len(known):
+            margin = max(margin, _quantile(known, assumed, max_risk))
+        margins[silent == n] = margin
+    return process_bytes * (1 + (float(margins) if margins.ndim == 0 else margins))
 
 
 def posterior(errors: list[float], assumed: float) -> tuple[float, float]:
@@ -139,21 +156,26 @@ def posterior(errors: list[float], assumed: float) -> tuple[float, float]:
     return bias, math.sqrt(spread / weight)
 
 
-def _quantile(errors: list[float], assumed: float, max_risk: float) -> float:
-    """The error that is exceeded with probability ``max_risk`` at most."""
-    n = len(errors)
+def _quantile(known: Sequence[Residual], assumed: float, max_risk: float) -> float:
+    """The error that is exceeded with probability ``max_risk`` at most.
+
+    A limit below what ``known`` can state without an assumption takes the largest of them, and the assumption.
+    """
+    n = len(known)
+    errors = _errors(known)
     allowed = math.floor(max_risk * (n + 1) + 1e-9)  # of n + 1 in order of size
     if n >= ENOUGH and allowed >= 1:
         return errors[n - allowed]
-    bias, sigma = posterior(errors, assumed)
+    bias, sigma = posterior([r.error for r in known], assumed)
     margin = NormalDist(bias, sigma).inv_cdf(1 - max_risk)
     more = [error for i, error in enumerate(errors) if (n - i) / (n + 1) > max_risk]
     return max([margin, *more[-1:]])
 
 
-def _errors(process_bytes: int, step: StepConfig, evidence: Evidence, outside: bool) -> list[float]:
-    errors, reach = evidence.of(step.workload, mode_of(step))
-    return [] if outside or process_bytes > reach else errors
+def _errors(known: Sequence[Residual]) -> list[float]:
+    """Ascending. What ran out counts by what is known of it, and as unbounded where nothing is assumed."""
+    enough = len(known) >= ENOUGH
+    return sorted(UNBOUNDED if r.at_least and enough else r.error for r in known)
 
 
 def _bounded(probability: float) -> float:

@@ -176,7 +176,7 @@ def print_estimate(
     for row in estimate.alive_at_peak[:5]:
         out.print(f"    {gib(row.n_bytes):>10}  {row.name}")
     if plan is not None and budget is not None:
-        fits = plan.oom_risk.probability <= max_risk
+        fits = plan.needs_bytes <= budget.budget_bytes
         verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
         out.print(f"  verdict    {verdict} {gib(budget.budget_bytes)}: "
                   f"OOM risk {risk_words(plan.oom_risk)}")  # fmt: skip

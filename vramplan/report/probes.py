@@ -9,6 +9,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import command
 from ..memory_probe.confirm import Confirmation
 from ..memory_probe.measurement import Measurement
 from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
@@ -117,7 +118,7 @@ def print_ledger(measurements: Sequence[Measurement], kept: int, path: str) -> N
     out.print(f"{shown}{total} in {escape(path)}.")
 
 
-def print_confirmation(confirmation: Confirmation, out: Console | None = None) -> None:
+def print_confirmation(confirmation: Confirmation, plan_file: str, out: Console | None = None) -> None:
     """What was run to confirm a plan, and what no pass has shown."""
     out = out or console()
     out.print("\n[bold]Confirmation[/] by real passes")
@@ -130,8 +131,9 @@ def print_confirmation(confirmation: Confirmation, out: Console | None = None) -
         ) else ""  # fmt: skip
         out.print(f"  plan {tried.rank} {mark}{where}: {escape(tried.why)}{sizes}")
     if confirmation.unconfirmed:
-        out.print(f"  not confirmed without the card: {', '.join(confirmation.unconfirmed)}")
+        out.print(f"  not confirmed: {escape(', '.join(confirmation.unconfirmed))}")
     if confirmation.rank is None:
         out.print("  [red]No plan is confirmed.[/]")
     elif confirmation.rank > 1:
-        out.print(f"  Take plan {confirmation.rank}: vramplan apply plan.json --rank {confirmation.rank}")
+        words = command("vramplan", "apply", plan_file, "--rank", confirmation.rank)
+        out.print(f"  Take plan {confirmation.rank}: {escape(words)}")

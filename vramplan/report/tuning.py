@@ -65,7 +65,7 @@ def print_tuned(tuned: Tuned, study: str, again: str, to: Console | None = None)
 def ranked(tuned: Tuned) -> list[Trial]:
     """Trials that ran to their end, fastest first."""
     running = [t for t in tuned.trials if t.result.tokens_per_second]
-    return sorted(running, key=lambda t: -(t.result.tokens_per_second or 0.0))
+    return sorted(running, key=lambda t: -t.result.value)
 
 
 def planner_places(trials: list[Trial]) -> dict[int, int]:
