@@ -205,8 +205,14 @@ def tune(
     """
     if not arms:
         raise ConfigError(Problem("arms", "missing", "there is nothing to try", "allow more settings"))
-    tuner = _Tuner(study, arms, measure, ruled_out, budget_bytes, lock or contextlib.nullcontext())
-    return tuner.run(seconds, trials or len(arms), patience, on_trial)
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        tuner = _Tuner(study, arms, measure, ruled_out, budget_bytes, lock or contextlib.nullcontext())
+        return tuner.run(seconds, trials or len(arms), patience, on_trial)
+    except StorageInternalError as error:
+        first = (str(error).splitlines() or ["no reason given"])[0]
+        raise VramplanError(f"the study {study.study_name} cannot be kept where it is ({first})") from None
 
 
 class _Tuner:
@@ -330,9 +336,14 @@ class _Tuner:
 
         if arm is not None:
             self._study.enqueue_trial(arm.params)
-        trial = self._study.ask(
-            {name: optuna.distributions.CategoricalDistribution(levels) for name, levels in self._levels.items()}
-        )
+        space: dict[str, Any] = {
+            name: optuna.distributions.CategoricalDistribution(levels) for name, levels in self._levels.items()
+        }
+        try:
+            trial = self._study.ask(space)
+        except ValueError as error:  # a trial that somebody enqueued over other choices
+            name = self._study.study_name
+            raise VramplanError(f"the study {name} holds a trial of another space ({error})") from None
         trial.set_user_attr("session", [platform.node(), os.getpid()])
         return trial
 
@@ -402,7 +413,8 @@ class _Tuner:
             self._study.tell(trial, state=_states().FAIL)
             return
         missing = (result.needs_bytes or 0) / self._budget_bytes - 1 if self._budget_bytes else 0.0
-        trial.set_constraint(VIOLATED, result.violation if result.violation is not None else max(0.0, missing))
+        if VIOLATED not in trial.constraints:  # killed between this and the next line it is there already
+            trial.set_constraint(VIOLATED, result.violation if result.violation is not None else max(0.0, missing))
         self._study.tell(trial, result.value)
 
     def _give_up_stale(self) -> None:
