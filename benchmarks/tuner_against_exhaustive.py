@@ -22,7 +22,8 @@ import torch
 from vramplan.memory_probe.arms import TIMED_SECONDS, Space
 from vramplan.memory_probe.cpu import random_batches, trainer
 from vramplan.memory_probe.probe import probe
-from vramplan.memory_probe.tuner import Arm, Result, open_study, tune
+from vramplan.memory_probe.study import open_study
+from vramplan.memory_probe.tuner import Arm, Result, tune
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 

@@ -65,7 +65,7 @@ def tune(
     """
     from ..memory_probe.arms import TIMED_SECONDS
     from ..memory_probe.probe import card_of, probe
-    from ..memory_probe.tuner import open_study, session_lock
+    from ..memory_probe.study import open_study, session_lock
     from ..memory_probe.tuner import tune as run_study
     from ..report.tuning import as_dict, print_tuned, progress_line, save_plot
 

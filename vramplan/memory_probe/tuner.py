@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, Problem, VramplanError
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
+from .study import abandoned, check_space
 
 if TYPE_CHECKING:
     import optuna
@@ -42,12 +43,6 @@ GAIN = 0.01
 
 PATIENCE = 10
 """Measured arms without an improvement after which the study has reached its plateau."""
-
-STALE_SECONDS = 86_400.0
-"""A trial of another machine that has run for so long is given up."""
-
-BUSY_SECONDS = 60.0
-"""How long another session's write to a SQLite study is waited for."""
 
 VIOLATED = "fits"
 """Name of the constraint: above 0 is the share by which memory was missed, or 1 where that is not known."""
@@ -141,47 +136,6 @@ def key_of(params: Params) -> Key:
     return tuple(params.get(name) for name in SETTINGS)
 
 
-def open_study(storage: str, name: str, seed: int = 0) -> optuna.Study:
-    """Open or create the study. ``storage`` is any URL Optuna takes, or the path of a journal file (``*.journal``).
-
-    Raises ConfigError when the storage cannot be used.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
-    try:
-        found: Any = storage
-        if storage.endswith(".journal"):
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-
-            found = JournalStorage(JournalFileBackend(storage))
-        elif storage.startswith("sqlite"):
-            waiting = {"connect_args": {"timeout": BUSY_SECONDS}}
-            found = optuna.storages.RDBStorage(storage, engine_kwargs=waiting)
-        study = optuna.create_study(
-            storage=found, study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
-        )
-    except Exception as error:  # SQLAlchemy's, the database driver's or the file system's
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = "use sqlite:///FILE, a FILE.journal, or another of Optuna's URLs"
-        raise ConfigError(Problem("--storage", storage, f"cannot be used ({first})", remedy)) from None
-    if [d.name for d in study.directions] != ["MAXIMIZE"]:
-        raise ConfigError(Problem("--study", name, "was made for something else in this storage", "name another"))
-    return study
-
-
-def session_lock(storage: str) -> contextlib.AbstractContextManager[object]:
-    """What a session holds while it takes a trial: SQLite would give the same enqueued one to two of them."""
-    path = storage.removeprefix("sqlite:///").partition("?")[0]
-    if not storage.startswith("sqlite:///") or not path or path == ":memory:":
-        return contextlib.nullcontext()
-    from filelock import FileLock
-
-    return FileLock(f"{path}.lock")
-
-
 def tune(
     study: optuna.Study,
     arms: Sequence[Arm],
@@ -200,8 +154,8 @@ def tune(
     ``arms`` in the planner's order, best first, those that the estimate rules out last. What the study knows already
     counts and is not measured again. ``ruled_out`` gives the result of an arm that need not be measured, which holds
     for this session only; an arm that took more than ``budget_bytes`` is none that fits. ``lock`` is held while an arm
-    is taken (:func:`session_lock`). When ``measure`` is interrupted the study is left as it is, without the arm that
-    was being measured.
+    is taken (:func:`~vramplan.memory_probe.study.session_lock`). When ``measure`` is interrupted the study is left as
+    it is, without the arm that was being measured.
     """
     if not arms:
         raise ConfigError(Problem("arms", "missing", "there is nothing to try", "allow more settings"))
@@ -232,7 +186,7 @@ class _Tuner:
         self._checked: dict[Key, Result | None] = {}
         self._arms = {arm.key: arm for arm in arms}
         self._levels = {name: sorted({arm.params[name] for arm in arms}) for name in SETTINGS}
-        _check_space(study, self._levels)
+        check_space(study, self._levels)
         with self._lock:
             self._give_up_stale()
 
@@ -286,7 +240,7 @@ class _Tuner:
     def _counts(self, trial: Any) -> bool:
         """Whether a trial of the study has a result that holds for this session."""
         outcome = trial.user_attrs.get("outcome")
-        return outcome is not None and (outcome != "estimate" or key_of(trial.params) in self._checked)
+        return outcome is not None and (outcome != "estimate" or self._checked.get(key_of(trial.params)) is not None)
 
     def _taken(self) -> set[Key]:
         """Arms that are measured, or being measured by somebody."""
@@ -423,7 +377,7 @@ class _Tuner:
 
         states = _states()
         for frozen in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            if not _abandoned(frozen):
+            if not abandoned(frozen):
                 continue
             trial = optuna.Trial(self._study, frozen._trial_id)
             if "outcome" in frozen.user_attrs:
@@ -441,33 +395,3 @@ def _states() -> Any:
 def _result(attributes: dict[str, Any]) -> Result:
     known: dict[str, Any] = {n: attributes[n] for n in Result.__dataclass_fields__ if n in attributes}
     return Result(**known)
-
-
-def _abandoned(trial: Any) -> bool:
-    """Whether nobody works on a running trial any more: its process here is gone, or it is too old."""
-    if trial.datetime_start is not None and time.time() - trial.datetime_start.timestamp() > STALE_SECONDS:
-        return True
-    host, pid = trial.user_attrs.get("session", ("", 0))
-    if host != platform.node() or os.name == "nt":  # where asking for a process would interrupt it
-        return False
-    if pid == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return False
-
-
-def _check_space(study: optuna.Study, levels: dict[str, list[Any]]) -> None:
-    """A study's parameters keep their choices for good. Raises VramplanError when these are others."""
-    for trial in study.get_trials(deepcopy=False):
-        for name, distribution in trial.distributions.items():
-            known = list(getattr(distribution, "choices", ()))
-            if name in levels and known != levels[name]:
-                raise VramplanError(
-                    f"the study {study.study_name} was begun over other choices of {name} ({known}); "
-                    "begin another with --study NAME"
-                )
