@@ -277,7 +277,7 @@ class _Tuner:
                 return None
             chosen = next(self._first_arms(), None)
             if chosen is None and attempt >= PROPOSALS:
-                chosen = max(left, key=self._expected)
+                chosen = self._most_promising(left)
             trial = self._ask(chosen)
             if self._is_ours(trial):
                 return trial
@@ -327,29 +327,31 @@ class _Tuner:
                 if all(arm.params[other] == base.params[other] for other in SETTINGS if other != name)
             ]
             yield from (arm for arm in varied[: LEVELS + 1] if arm.key not in taken)
-        together = {}
+        effects, together = self._effects(), {}
         for name, levels in self._levels.items():
-            effects = [self._effect(name, level) for level in levels]
-            together[name] = levels[effects.index(max(effects))]
+            gains = [effects.get((name, level), -math.inf) for level in levels]
+            together[name] = levels[gains.index(max(gains))]
         combined = self._arms.get(key_of(together))
         if combined is not None and combined.key not in taken:
             yield combined
 
-    def _effect(self, name: str, level: Any) -> float:
-        """Mean log of tokens/s of the measured arms with this level, against those that differ in it alone."""
+    def _effects(self) -> dict[tuple[str, Any], float]:
+        """Of each level of each setting: mean log of its scores against those of arms that differ in it alone."""
         rates = {t.arm.key: math.log(t.result.value) for t in self._trials() if t.result.value}
-        index = SETTINGS.index(name)
-        gains = []
-        for key, rate in rates.items():
-            if key[index] == level:
-                rest = [r for k, r in rates.items() if k[:index] == key[:index] and k[index + 1 :] == key[index + 1 :]]
-                gains.append(rate - sum(rest) / len(rest))
-        return sum(gains) / len(gains) if gains else -math.inf
+        gains: dict[tuple[str, Any], list[float]] = {}
+        for index, name in enumerate(SETTINGS):
+            alike: dict[Key, list[float]] = {}
+            for key, rate in rates.items():
+                alike.setdefault(key[:index] + key[index + 1 :], []).append(rate)
+            for key, rate in rates.items():
+                others = alike[key[:index] + key[index + 1 :]]
+                gains.setdefault((name, key[index]), []).append(rate - sum(others) / len(others))
+        return {level: sum(found) / len(found) for level, found in gains.items()}
 
-    def _expected(self, arm: Arm) -> tuple[float, int]:
-        """How promising an arm is that nobody has tried: what its levels did elsewhere, then the planner's order."""
-        effects = [self._effect(name, value) for name, value in arm.params.items()]
-        return sum(e for e in effects if e > -math.inf), -arm.rank
+    def _most_promising(self, arms: list[Arm]) -> Arm:
+        """By what their levels did elsewhere, then in the planner's order."""
+        effects = self._effects()
+        return max(arms, key=lambda arm: (sum(effects.get(level, 0.0) for level in arm.params.items()), -arm.rank))
 
     # ---------------------------------------------------------------- storing
 
