@@ -31,7 +31,7 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports
 
 test: lint  ## lint, then the whole test suite
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 demo: $(STAMP)  ## plan, train, sample and report on a CPU, in a few minutes
 	$(BIN)/python examples/demo.py

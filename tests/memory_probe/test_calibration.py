@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.memory_probe.ledger import Ledger
+from vramplan.memory_probe.measurement import Measurement
 from vramplan.planner.evidence import NEAR, Evidence, Residual
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate
@@ -29,6 +30,13 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
         imported = ledger.import_lines(PROBES.read_text(encoding="utf-8").splitlines())
         assert imported.refused == ()
         return ledger.evidence("cpu")
+
+
+def test_every_recorded_probe_ended_well_and_met_the_estimate() -> None:
+    found = [Measurement.read(line) for line in PROBES.read_text(encoding="utf-8").splitlines()]
+    assert len({m.configuration for m in found}) >= 40
+    assert {m.outcome for m in found} == {"fits"}
+    assert max(abs(m.allocated_error or 0.0) for m in found) < 0.0005
 
 
 def card_rows() -> list[Residual]:

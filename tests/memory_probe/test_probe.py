@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import sys
 import textwrap
@@ -24,8 +23,11 @@ from vramplan.memory_probe.outcome import spilled
 from vramplan.memory_probe.probe import probe, spills_silently
 from vramplan.planner.memory import estimate
 from vramplan.planner.shape import Shape
-from vramplan.planner.step import StepConfig, check
+from vramplan.planner.step import StepConfig
 from vramplan.units import GIB, MIB
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from random_probes import random_configuration
 
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=64, vocab_size=512, block_size=64)
 STEP = StepConfig(batch_size=4, dtype="float32", loss="full", device="cpu")
@@ -212,34 +214,12 @@ def test_what_no_child_could_run_is_refused(changes: dict[str, Any], steps: int,
     assert field in [p.field for p in caught.value.problems]
 
 
-# ------------------------------------------------------------------- forty of them
+# ------------------------------------------------------------------- any of them
 
 
-def random_configuration(seed: int) -> tuple[Shape, StepConfig]:
-    """Any legal small configuration of our trainer."""
-    draw = random.Random(seed)
-    while True:
-        heads = draw.choice([1, 2, 4])
-        shape = Shape(
-            n_layer=draw.randint(1, 4), n_head=heads, n_embd=heads * draw.choice([8, 16, 24, 32]),
-            vocab_size=draw.randint(50, 3000), block_size=draw.randint(8, 96), bias=draw.random() < 0.3,
-            tied=draw.random() < 0.7, norm=draw.choice(["layernorm", "rmsnorm"]),
-            positions=draw.choice(["learned", "rotary"]), mlp=draw.choice(["gelu", "swiglu", "relu2"]),
-            n_kv_head=draw.choice([0, 1]), qk_norm=draw.random() < 0.3, logit_softcap=draw.choice([0.0, 0.0, 15.0]),
-        )  # fmt: skip
-        step = StepConfig(
-            batch_size=draw.randint(1, 8), grad_accum=draw.choice([1, 1, 2, 3]), device="cpu",
-            dtype=draw.choice(["float32", "float32", "bfloat16", "float16", "pure-bfloat16"]),
-            loss=draw.choice(["full", "chunked"]), loss_chunk_tokens=draw.choice([16, 64, 256]),
-            checkpointing=draw.choice(["none", "selective", "block"]),
-            optimizer=draw.choice(["adamw-fused", "adamw-foreach", "muon", "adamw8bit", "adamw-stochastic"]),
-        )  # fmt: skip
-        if not check(shape, step):
-            return shape, step
-
-
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_configurations_are_measured_and_met(seed: int) -> None:
+    """Ten here; ``benchmarks/random_probes.py`` ran 130, and what it recorded is asserted in test_calibration."""
     shape, step = random_configuration(seed)
     found = probe(shape, step, steps=3, seconds=120)
     assert found.outcome == "fits", found.reason
