@@ -16,24 +16,35 @@ _WATCHED = "vramplan: watched"
 
 
 def allocator_peak(begin: Callable[[], Callable[[], object]]) -> int:
-    """Most bytes handed out at once during a call of what ``begin()`` returns, counted from before ``begin``."""
+    """Most bytes handed out at once during a call of what ``begin()`` returns, counted from before ``begin``.
+
+    What was handed out earlier does not count, nor does its release, which may come at any time.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         watched = begin()
         with record_function(_WATCHED):
             watched()
-    found: list[tuple[int, int, bool]] = []
+    found: list[tuple[int, int, int, bool]] = []
 
     def walk(event: Any, inside: bool) -> None:
         inside = inside or event.name == _WATCHED
         if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size, inside))
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.alloc_size, fields.ptr, inside))
         for child in event.children:
             walk(child, inside)
 
     for root in profiler.profiler.kineto_results.experimental_event_tree():
         walk(root, False)
     level, peak = 0, 0
-    for _, size, inside in sorted(found, key=lambda event: event[0]):
+    ours: set[int] = set()
+    for _, size, address, inside in sorted(found, key=lambda event: event[0]):
+        if size > 0:
+            ours.add(address)
+        elif address not in ours:
+            continue
+        else:
+            ours.remove(address)
         level += size
         peak = max(peak, level) if inside else peak
     return peak
