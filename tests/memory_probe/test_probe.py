@@ -305,12 +305,12 @@ def test_memory_that_went_elsewhere_without_a_word(spills: bool, process: float,
 
 
 def test_systems_that_spill_are_known(tmp_path: Path) -> None:
-    release = tmp_path / "osrelease"
+    release = tmp_path / "version"
     release.write_text("5.15.167.4-microsoft-standard-WSL2\n")
     assert spills_silently("win32", tmp_path / "none")
-    assert spills_silently("linux", release)
+    assert spills_silently("linux", tmp_path)
     release.write_text("6.8.0-45-generic\n")
-    assert not spills_silently("linux", release)
+    assert not spills_silently("linux", tmp_path)
     assert not spills_silently("linux", tmp_path / "none")
 
 

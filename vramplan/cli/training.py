@@ -10,7 +10,7 @@ import rich_click as click
 
 from ..device import host_memory, live_gpu
 from ..errors import ConfigError, DoesNotFitError, Problem, command
-from ..planner.gpu import Gpu, find_gpu
+from ..planner.gpu import Gpu
 from ..planner.memory import estimate
 from ..planner.plan import refit
 from ..planner.risk import needed_for
@@ -105,13 +105,9 @@ def start_training(
 
 def live_card(config: RunConfig) -> Gpu | None:
     """The catalogue entry of the card at hand, for its peak rate; None on a CPU or for an unknown card."""
-    live = live_gpu() if config.step.device == "cuda" else None
-    if live is None:
-        return None
-    try:
-        return with_evidence(find_gpu(live.name, total_bytes=live.total_bytes))
-    except ConfigError:
-        return None
+    from ..memory_probe.probe import card_of
+
+    return with_evidence(card_of(live_gpu())) if config.step.device == "cuda" else None
 
 
 def fit_to_free_memory(config: RunConfig, card: Gpu | None, *, replan: bool | None) -> RunConfig:

@@ -26,6 +26,7 @@ from ..planner.step import StepConfig, check
 from ..runconfig import ModelSection, StepSection
 from ..units import MIB
 from .child import ChildEnd, Limits, python_child, run_child
+from .machine import is_wsl
 from .measurement import Measurement
 from .outcome import Ending, ending, spilled
 
@@ -136,19 +137,9 @@ def architecture_of(live: LiveGpu | None, step: StepConfig) -> str:
     return ".".join(map(str, live.capability)) if live is not None and live.capability else "unknown"
 
 
-def on_cpu(step: StepConfig) -> StepConfig:
-    """The same step for this machine's CPU."""
-    return replace(step, device="cpu")
-
-
-def spills_silently(platform: str | None = None, release: Path = Path("/proc/sys/kernel/osrelease")) -> bool:
+def spills_silently(platform: str | None = None, proc: Path = Path("/proc")) -> bool:
     """Whether this system moves what does not fit a card to host memory without an exception: Windows, and WSL2."""
-    if (platform or sys.platform) == "win32":
-        return True
-    try:
-        return "microsoft" in release.read_text(encoding="ascii", errors="replace").lower()
-    except OSError:
-        return False
+    return (platform or sys.platform) == "win32" or is_wsl(proc)
 
 
 def _check(shape: Shape, step: StepConfig, steps: int) -> None:
