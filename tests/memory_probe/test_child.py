@@ -122,9 +122,11 @@ def test_it_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     worker = PRELUDE + textwrap.dedent(
         f"""
+        from pathlib import Path
         from vramplan.memory_probe.worker import _go_with_the_parent
-        _go_with_the_parent()
-        open({str(note)!r}, "w").write(str(os.getpid()))
+        files = [Path(name) for name in sys.argv[-2:]]
+        _go_with_the_parent(*files)
+        open({str(note)!r}, "w").write(f"{{os.getpid()}} {{files[0].parent}}")
         time.sleep(600)
         """
     )
@@ -135,13 +137,14 @@ def test_it_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     deadline = time.monotonic() + 20
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    pid = int(note.read_text())
-    assert not gone(pid)
+    pid, folder = note.read_text().split()
+    assert not gone(int(pid)) and Path(folder).is_dir()
     parent.kill()
     parent.wait()
-    while not gone(pid) and time.monotonic() < deadline:
+    while not gone(int(pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert gone(pid)
+    assert gone(int(pid))
+    assert not Path(folder).exists()
 
 
 def test_floods_of_garbage_neither_block_nor_fill_the_memory() -> None:

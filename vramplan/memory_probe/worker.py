@@ -41,7 +41,7 @@ class Report:
 def main(argv: list[str] | None = None) -> int:
     """Run the request of ``argv``; 0 when it was measured, 1 when it failed."""
     asked, told = map(Path, argv if argv is not None else sys.argv[1:3])
-    _go_with_the_parent()
+    _go_with_the_parent(asked, told)
     report = Report(told)
     try:
         request = json.loads(asked.read_text(encoding="utf-8"))
@@ -170,13 +170,19 @@ def _limit_data(host_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
 
-def _go_with_the_parent() -> None:
-    """When standard input ends, the parent is gone: end this process and what it started."""
+def _go_with_the_parent(*files: Path) -> None:
+    """When standard input ends, the parent is gone: remove the files it cannot any more, with their folder, and end
+    this process and what it started."""
 
     def wait() -> None:
         with contextlib.suppress(OSError, ValueError):
             while os.read(0, 1024):
                 pass
+        with contextlib.suppress(OSError):
+            for file in files:
+                file.unlink(missing_ok=True)
+            for folder in {file.parent for file in files}:
+                folder.rmdir()
         if hasattr(os, "killpg"):
             os.killpg(os.getpgrp(), signal.SIGKILL)
         os._exit(1)
