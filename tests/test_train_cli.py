@@ -449,7 +449,7 @@ def test_every_kind_of_run_resumes_exactly_and_samples(corpus, tmp_path, model, 
     )
     run("train", config, "--data", corpus, "--out", out)
     shutil.copytree(out, again)
-    (again / "checkpoints/step-000008.pt").unlink()
+    (again / "checkpoints/step-000008.safetensors").unlink()
     assert "Resumed at step 4" in run("train", "--resume", again).stdout
     assert losses(again) == losses(out)
     assert run("sample", again, "--prompt", "the cat", "--max-new-tokens", "5").stdout.startswith("the cat")

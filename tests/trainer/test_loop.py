@@ -208,7 +208,7 @@ def test_the_run_directory_holds_what_it_should(shards, tmp_path):
         "config.toml", "run.json", "metrics.jsonl", "checkpoints", ".lock",
     }  # fmt: skip
     assert RunConfig.load(tmp_path / "run" / "config.toml") == cfg
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000008.pt", "step-000012.pt"}
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000008.safetensors", "step-000012.safetensors"}
     (session,) = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     assert session["torch"] == torch.__version__
     assert session["threads"] == 1
@@ -356,7 +356,7 @@ def test_interruption_at_half_time_in_this_process(shards, tmp_path):
     assert [e.signal_name for e in of(events, StopRequested)] == ["SIGTERM"]
     interrupted = events[-1]
     assert isinstance(interrupted, Interrupted)
-    assert interrupted.checkpoint.name == "step-000006.pt"
+    assert interrupted.checkpoint.name == "step-000006.safetensors"
     assert interrupted.resume_command == ("vramplan", "train", "--resume", str(tmp_path / "run"))
     run(shards, tmp_path / "run", resume=True)
     run(shards, tmp_path / "straight")
@@ -438,7 +438,7 @@ def test_a_run_that_never_reached_a_checkpoint_begins_anew(shards, tmp_path):
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.unlink()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(DataError, match=r"holds no checkpoint, but step-000012\.pt was saved: bring it back"):
+    with pytest.raises(DataError, match=r"holds no checkpoint, but step-000012\.safetensors was saved: bring it back"):
         run(shards, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     first = [line for line in before.splitlines() if '"checkpoint"' not in line][:4]
@@ -452,7 +452,7 @@ def test_a_run_that_never_reached_a_checkpoint_begins_anew(shards, tmp_path):
 def test_a_renamed_checkpoint_does_not_count(shards, tmp_path):
     train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
     newest = CheckpointFolder(tmp_path / "run" / "checkpoints").paths()[0]
-    newest.rename(newest.with_name("step-000300.pt"))
+    newest.rename(newest.with_name("step-000300.safetensors"))
     _, events = run(shards, tmp_path / "run", resume=True)
     assert "it is of step 6" in of(events, CheckpointSkipped)[0].reason
     assert (of(events, Resumed)[0].step, of(events, Finished)[0].step) == (4, 12)
@@ -595,7 +595,7 @@ def test_the_checkpoint_decides_what_the_run_is_not_an_edited_file(shards, tmp_p
     train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
     edited = config(learning_rate=0.02)
     edited.save(tmp_path / "run" / "config.toml")
-    with pytest.raises(DataError, match=r"step-000006\.pt was trained with: train\.learning_rate=0\.02 is not"):
+    with pytest.raises(DataError, match=r"step-000006\.safetensors was trained with: train\.learning_rate=0\.02 is not"):
         run(shards, tmp_path / "run", edited, resume=True)
     config().save(tmp_path / "run" / "config.toml")
     assert run(shards, tmp_path / "run", resume=True)[0].step == 12
@@ -678,7 +678,7 @@ def test_a_full_disk_says_what_is_saved(shards, tmp_path, monkeypatch):
 
     append = MetricsLog.append
     monkeypatch.setattr(MetricsLog, "append", full)
-    with pytest.raises(VramplanError, match=r"No space left on device.*step-000004\.pt\. Resume with: vramplan train"):
+    with pytest.raises(VramplanError, match=r"No space left on device.*step-000004\.safetensors\. Resume with: vramplan train"):
         run(shards, tmp_path / "run")
     monkeypatch.undo()
     run(shards, tmp_path / "run", resume=True)
@@ -713,7 +713,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         return original(self, batches, rate)
 
     monkeypatch.setattr(module.TrainStep, "__call__", poison)
-    with pytest.raises(VramplanError, match=r"the loss is nan at step 7 .*last checkpoint is .*step-000004\.pt"):
+    with pytest.raises(VramplanError, match=r"the loss is nan at step 7 .*last checkpoint is .*step-000004\.safetensors"):
         run(shards, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (last["kind"], last["step"]) == ("stopped", 7)
@@ -737,7 +737,7 @@ def test_weights_that_are_not_numbers_are_never_saved(shards, tmp_path, monkeypa
         if isinstance(event, StepLogged) and event.step == 7:
             poisoned.append(True)
 
-    with pytest.raises(VramplanError, match=r"no longer numbers after step 8.*last checkpoint is .*step-000004\.pt"):
+    with pytest.raises(VramplanError, match=r"no longer numbers after step 8.*last checkpoint is .*step-000004\.safetensors"):
         train(config(), shards, tmp_path / "run", device=CPU, on_event=on_event)
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").newest()[1].step == 4
 

@@ -125,7 +125,7 @@ def test_generation_ends_with_the_document(run_dir, tokenizer, monkeypatch):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(run_dir, tokenizer):
-    (run_dir / "checkpoints" / "step-000200.pt").write_bytes(b"damaged")
+    (run_dir / "checkpoints" / "step-000200.safetensors").write_bytes(b"damaged")
     assert load_model(run_dir, torch.device("cpu"))[2] == 100
 
 

@@ -1,23 +1,18 @@
-"""Checkpoints: ``RUN/checkpoints/step-000250.pt``, each complete, verified and free of code.
+"""Checkpoints: ``RUN/checkpoints/step-000250.safetensors``, each complete, verified and free of code.
 
-A checkpoint is written to a temporary file, flushed to the disk, read back, and only then given its name. It is a
-``torch.save`` archive, whose records carry CRC-32 sums; a damaged one is recognised by them and the one before it is
-used. It is loaded with ``weights_only=True``, which can build tensors and plain containers but run nothing, and onto
-the CPU, so that resuming needs no more GPU memory than training did.
+A checkpoint is written to a temporary file, flushed to the disk, read back, and only then given its name. Its sums
+(:mod:`.tensor_file`) show damage, and then the one before it is used. It is loaded onto the CPU, so that resuming needs
+no more GPU memory than training did.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
-import pickle
 import re
 import shutil
-import struct
-import zipfile
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,14 +25,11 @@ from ..errors import DataError, Problem, VramplanError
 from ..runconfig import RunConfig
 from ..units import gib
 from .memory_errors import out_of_memory
+from .tensor_file import DamagedFileError, ForeignFileError, damage_of, read_tree, tensors_of, write_tree
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{6,})\.pt")
-_UNREADABLE = (
-    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError,
-    OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError,
-)  # fmt: skip
-"""What zipfile and torch.load raise for a damaged archive, depending on which byte is wrong."""
+FORMAT = 2
+SUFFIX = ".safetensors"
+_NAME = re.compile(r"step-(\d{6,})\.safetensors")
 
 OnSkip = Callable[[Path, str], None]
 
@@ -64,14 +56,14 @@ class Checkpoint:
 
 
 _ENTRIES: dict[str, tuple[type, ...]] = {
-    "step": (int,), "tokens_seen": (int,), "model": (dict, OrderedDict), "optimizer": (dict,), "scaler": (dict,),
+    "step": (int,), "tokens_seen": (int,), "model": (dict,), "optimizer": (dict,), "scaler": (dict,),
     "data": (dict,), "rng": (dict,), "config_toml": (str,), "last_loss": (float, type(None)),
     "best_val_loss": (float, type(None)),
 }  # fmt: skip
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, of which the newest ``keep`` are kept."""
+    """The checkpoints of one run, of which the newest ``keep`` are kept, and the best."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self.directory, self.keep = directory, keep
@@ -80,34 +72,35 @@ class CheckpointFolder:
         """All checkpoints, newest first."""
         if not self.directory.is_dir():
             return []
-        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=_step_of, reverse=True)
+        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, verify it, then remove the older ones that are no longer kept.
+    def save(self, checkpoint: Checkpoint, best_step: int | None = None) -> Path:
+        """Write a checkpoint, verify it, then remove the older ones that are no longer kept; never the best.
 
         Raises VramplanError when it could not be written; the older ones are then untouched.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"step-{checkpoint.step:06d}.pt"
+        path = self.directory / f"step-{checkpoint.step:06d}{SUFFIX}"
         temporary = self.directory / f".{path.name}.tmp"
         payload = {"format": FORMAT} | {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
         try:
             with temporary.open("wb") as f:
-                torch.save(payload, f)
+                write_tree(f, payload)
                 f.flush()
                 os.fsync(f.fileno())
-            damage = archive_damage(temporary)
+            damage = damage_of(temporary)
             if damage:
                 raise OSError(f"reading it back failed: {damage}")
             temporary.replace(path)
             _sync_directory(self.directory)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise VramplanError(self._not_written(path, error)) from error
         finally:
             temporary.unlink(missing_ok=True)
-        older = [p for p in self.paths() if _step_of(p) < checkpoint.step]
+        older = [p for p in self.paths() if step_of(p) < checkpoint.step]
         for old in older[self.keep - 1 :]:
-            old.unlink()
+            if step_of(old) != best_step:
+                old.unlink()
         return path
 
     def set_aside(self, path: Path) -> Path:
@@ -119,7 +112,7 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Remove what a process that was killed while writing left behind. Only for who holds the run's lock."""
-        for temporary in self.directory.glob(".step-*.pt.tmp"):
+        for temporary in self.directory.glob(f".step-*{SUFFIX}.tmp"):
             temporary.unlink()
 
     def newest(self, on_skip: OnSkip = lambda path, reason: None) -> tuple[Path, Checkpoint] | None:
@@ -142,37 +135,34 @@ class CheckpointFolder:
             raise DataError(damaged.values(), source=source)
         return None
 
-    def _not_written(self, path: Path, error: Exception) -> str:
+    def _not_written(self, path: Path, error: OSError) -> str:
         older = next((p for p in self.paths() if p != path), None)
         kept = f"The newest checkpoint before it is {older}." if older else "There is no older checkpoint."
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, RuntimeError):  # torch's own words are about its sources
-            reason = f"writing stopped with {gib(shutil.disk_usage(self.directory).free)} free on the disk"
+        if error.errno == errno.ENOSPC:
+            reason = f"{error.strerror}: {gib(shutil.disk_usage(self.directory).free)} are free"
         return f"checkpoint {path} could not be written ({reason}). {kept} Free some disk space, then resume the run."
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint onto the CPU. Raises DataError when it is damaged, contains code, or is something else."""
+    """Read one checkpoint onto the CPU. Raises DataError when it is damaged or something else."""
     try:
-        damage = archive_damage(path)
-        if damage:
-            raise DataError(Problem("checkpoint", str(path), f"is damaged ({damage})"))
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        rule = "is refused: it holds more than tensors and plain values, and loading it could run code"
-        raise DataError(Problem("checkpoint", str(path), rule)) from None
-    except _UNREADABLE as error:
-        if out_of_memory(error):
-            raise
-        raise DataError(Problem("checkpoint", str(path), f"cannot be read ({type(error).__name__})")) from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        payload = read_tree(path)
+    except DamagedFileError as error:
+        raise DataError(Problem("checkpoint", str(path), f"is damaged ({error})")) from None
+    except ForeignFileError:
+        raise DataError(Problem("checkpoint", str(path), "is not a vramplan checkpoint")) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(Problem("checkpoint", str(path), f"cannot be read ({reason})")) from None
+    if payload.get("format") != FORMAT:
         raise DataError(Problem("checkpoint", str(path), f"is not a vramplan checkpoint of format {FORMAT}"))
     for name, kinds in _ENTRIES.items():
         if name not in payload:
             raise DataError(Problem("checkpoint", str(path), f"has no entry '{name}'"))
         if type(payload[name]) not in kinds:
             raise DataError(Problem("checkpoint", str(path), f"has a wrong entry '{name}'"))
-    if _step_of(path) not in (-1, payload["step"]):
+    if step_of(path) not in (-1, payload["step"]):
         raise DataError(Problem("checkpoint", str(path), f"was renamed: it is of step {payload['step']}"))
     return Checkpoint(**{name: payload[name] for name in _ENTRIES})
 
@@ -194,16 +184,6 @@ def all_finite(model: nn.Module) -> bool:
     return bool(torch.stack([p.detach().sum(dtype=torch.float32) for p in model.parameters()]).isfinite().all())
 
 
-def archive_damage(path: Path) -> str:
-    """What is wrong with a ``torch.save`` archive by its own CRC-32 sums; empty when nothing is. Runs no code."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except _UNREADABLE as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return f"checksum of {bad} is wrong" if bad else ""
-
-
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict under the names of the uncompiled model: ``torch.compile`` inserts ``_orig_mod.`` into them."""
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
@@ -221,7 +201,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _step_of(path: Path) -> int:
+def size_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes that its tensors take in a file."""
+    return sum(t.numel() * t.element_size() for t in tensors_of([checkpoint.model, checkpoint.optimizer]))
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for a file that has none."""
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
 

@@ -3,7 +3,7 @@
 RUN/config.toml             the resolved configuration
 RUN/run.json                versions, device and data of each session that worked on the run
 RUN/metrics.jsonl           one line per logged step and evaluation
-RUN/checkpoints/*.pt        the newest checkpoints
+RUN/checkpoints/            the newest checkpoints and the best: step-000250.safetensors
 RUN/.lock                   held by the process that is training
 """
 
