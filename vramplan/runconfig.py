@@ -7,9 +7,11 @@ Sections: ``[model]`` the shape, ``[step]`` what decides memory, ``[train]`` the
 from __future__ import annotations
 
 import math
+import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -71,24 +73,38 @@ class StepSection(_Section):
     torch: str = Field(default="", description="release that the plan was made for; empty: any")
 
 
+Schedule = Literal["cosine", "wsd", "constant"]
+"""How the learning rate goes on after the warm-up: see :mod:`vramplan.trainer.schedule`."""
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+WITH_PROJECT: tuple[TrackerName, ...] = ("wandb", "trackio")
+_PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
 class TrainSection(_Section):
     """The optimisation. Exactly one of ``token_budget`` and ``max_steps`` ends the run; ``max_steps`` wins."""
 
+    schedule: Schedule = "cosine"
     learning_rate: float = Field(default=6e-4, gt=0)
     min_learning_rate: float = Field(default=6e-5, ge=0)
     warmup_steps: int = Field(default=700, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: the last part of the steps, which decays")
     weight_decay: float = Field(default=0.1, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
     token_budget: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
+    max_hours: float | None = Field(default=None, gt=0, description="of training, over all sessions of the run")
     eval_interval: int = Field(default=250, ge=1, description="optimizer steps between evaluations")
     eval_batches: int = Field(default=20, ge=1, description="micro-batches per evaluation")
     log_interval: int = Field(default=10, ge=1, description="optimizer steps between metric lines")
     checkpoint_interval: int = Field(default=250, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1)
+    guard: bool = Field(default=True, description="when memory runs out, do the step again in smaller micro-batches")
+    compile_after: int | None = Field(default=None, ge=1, description="start eager, compile after so many steps")
     seed: int = Field(default=1337, ge=0, lt=2**63)
+    track: tuple[str, ...] = Field(default=(), strict=False, description="trackers, such as wandb:PROJECT")
 
 
 class DataSection(_Section):
@@ -229,13 +245,37 @@ def _known_part(section: type[S], data: Any) -> S | None:
 
 
 def _train_problems(t: TrainSection, step: StepSection | None) -> list[Problem]:
+    problems = tracker_problems(t.track, "train.track")
     if step is not None and step.optimizer == "adamw-in-backward" and t.grad_clip > 0:
         rule = "needs every gradient at once, and adamw-in-backward uses each up as it comes"
-        return [Problem("train.grad_clip", t.grad_clip, rule, "use 0, or another optimizer")]
+        problems.append(Problem("train.grad_clip", t.grad_clip, rule, "use 0, or another optimizer"))
+    if step is not None and step.compile and t.compile_after is not None:
+        rule = "is for a run that starts eager, and this one is compiled from its first step"
+        remedy = "set step.compile=false, or leave it out"
+        problems.append(Problem("train.compile_after", t.compile_after, rule, remedy))
     if t.min_learning_rate > t.learning_rate:
         remedy = f"use at most {t.learning_rate:g}"
-        return [Problem("train.min_learning_rate", t.min_learning_rate, "is above learning_rate", remedy)]
-    return []
+        problems.append(Problem("train.min_learning_rate", t.min_learning_rate, "is above learning_rate", remedy))
+    return problems
+
+
+def tracker_problems(track: Iterable[str], field: str) -> list[Problem]:
+    """What is wrong with a list of trackers: unknown ones, projects that cannot be, the same tracker twice."""
+    problems: list[Problem] = []
+    names: list[str] = []
+    for entry in track:
+        name, colon, project = entry.partition(":")
+        if name not in get_args(TrackerName):
+            problems.append(Problem(field, entry, "is not a tracker", did_you_mean(name, get_args(TrackerName))))
+        elif colon and name not in WITH_PROJECT:
+            problems.append(Problem(field, entry, "names a project, and has none", f"write {name}"))
+        elif colon and not _PROJECT.fullmatch(project):
+            rule = "is not a project's name: letters, digits, '.', '_' and '-', at most 100"
+            problems.append(Problem(field, entry, rule, f"such as {name}:my-project"))
+        elif name in names:
+            problems.append(Problem(field, entry, "is the second of its kind", "name each tracker once"))
+        names.append(name)
+    return problems
 
 
 def _problem(model: type[BaseModel], error: Any) -> Problem:

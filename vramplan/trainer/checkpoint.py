@@ -25,7 +25,7 @@ from ..errors import DataError, Problem, VramplanError
 from ..runconfig import RunConfig
 from ..units import gib
 from .memory_errors import out_of_memory
-from .tensor_file import DamagedFileError, ForeignFileError, damage_of, read_tree, tensors_of, write_tree
+from .tensor_file import DamagedFileError, ForeignFileError, damage_of, read_tree, write_tree
 
 FORMAT = 2
 SUFFIX = ".safetensors"
@@ -199,11 +199,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def size_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes that its tensors take in a file."""
-    return sum(t.numel() * t.element_size() for t in tensors_of([checkpoint.model, checkpoint.optimizer]))
 
 
 def step_of(path: Path) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..units import gib
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
@@ -202,3 +204,122 @@ class Finished(Event):
     val_loss: float | None
     best_val_loss: float | None
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardEvent(Event):
+    """Something was done so that the run goes on, after ``step`` steps."""
+
+    step: int
+
+    @property
+    def words(self) -> str:
+        """What happened, in a sentence without its full stop."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchReduced(GuardEvent):
+    """Memory ran out, or spilled to the host, after ``step`` steps: micro-batches are smaller from here on.
+
+    ``outcome`` is ``out_of_memory`` (what was being done is done again) or ``spilled``; ``doing`` what was being done.
+    """
+
+    doing: str
+    outcome: str
+    reason: str
+    batch_size_before: int
+    batch_size: int
+    grad_accum_before: int
+    grad_accum: int
+    estimated_bytes_before: int
+    estimated_bytes: int
+
+    @property
+    def words(self) -> str:
+        """What happened, and what is done about it."""
+        what = "ran out" if self.outcome == "out_of_memory" else "spilled to the host"
+        need = f"{gib(self.estimated_bytes)} instead of {gib(self.estimated_bytes_before)} by the estimate"
+        return (
+            f"memory {what} in the {self.doing} ({self.reason}): batch_size {self.batch_size_before} -> "
+            f"{self.batch_size}, grad_accum {self.grad_accum_before} -> {self.grad_accum} ({need}); "
+            "tokens per step and the order of the data stay the same"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileSwitched(GuardEvent):
+    """The first compiled step of a run that began eager has succeeded."""
+
+    @property
+    def words(self) -> str:
+        """What happened."""
+        return "compiled from this step on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileSkipped(GuardEvent):
+    """A run that was to be compiled from this step on stays eager: by the estimate it would not fit."""
+
+    reason: str
+
+    @property
+    def words(self) -> str:
+        """What happened."""
+        return f"stays eager: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileFellBack(GuardEvent):
+    """The first compiled step failed and is done again without: the run stays eager."""
+
+    reason: str
+
+    @property
+    def words(self) -> str:
+        """What happened."""
+        return f"the first compiled step failed ({self.reason}); it is done again, and the run stays eager"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpikeSeen(Event):
+    """The loss or the gradient norm (``what``) of a step is far above its ``usual`` value: see :mod:`.watch`."""
+
+    step: int
+    what: str
+    value: float
+    usual: float
+    times: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoursUsed(Event):
+    """The run has trained for ``max_hours`` and ends here, saved in ``checkpoint`` and evaluated."""
+
+    run_dir: Path
+    checkpoint: Path
+    step: int
+    total_steps: int
+    max_hours: float
+    val_loss: float | None
+
+    @property
+    def resume_command(self) -> tuple[str, ...]:
+        """The words of the command that continues this run, for as long again."""
+        return ("vramplan", "train", "--resume", str(self.run_dir), "--max-hours", f"{2 * self.max_hours:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingStarted(Event):
+    """A tracker has begun; ``where`` is where its curves can be seen."""
+
+    tracker: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingStopped(Event):
+    """A tracker failed and is switched off; the run goes on."""
+
+    tracker: str
+    reason: str

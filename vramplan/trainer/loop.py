@@ -32,19 +32,24 @@ from .events import (
     CheckpointSaved,
     CheckpointSkipped,
     Finished,
+    GuardEvent,
+    HoursUsed,
     Interrupted,
+    MicroBatchReduced,
     OnEvent,
     Resumed,
     RunStarted,
     StopRequested,
     ignore,
 )
+from .guard import EVALUATION, TRAINING, Guard, SpillCheck
 from .interrupt import StopSignal
 from .model import GPT
 from .optimizer import build_optimizer
 from .recorder import Recorder, last_evaluation
+from .rehearsal import rehearse
 from .rundir import RunDirectory, config_differences, describe_session, device_name, session_notes
-from .schedule import learning_rate
+from .schedule import schedule_of
 from .shards import ShardSet
 from .step import StepResult, TrainStep
 
@@ -76,9 +81,15 @@ def train(
     device: torch.device,
     on_event: OnEvent = ignore,
     resume: bool = False,
+    grow: bool = False,
     peak_flops: float | None = None,
+    spilled: SpillCheck | None = None,
 ) -> TrainResult:
     """Train until ``config.total_steps``, or until SIGINT, SIGTERM or SIGHUP: then the step is finished and saved.
+    So it is when ``max_hours`` are over.
+
+    When memory runs out in a step or an evaluation it is done again in smaller micro-batches (:mod:`.guard`); ``grow``
+    tells a resumed run to go back to those of its configuration. ``spilled`` looks for memory that went to the host.
 
     ``peak_flops`` is the device's dense FLOP/s at this dtype, for MFU. With ``resume`` the newest good checkpoint is
     continued: same data order and learning rates, and on a CPU, eager, with the same number of threads the same bits.
@@ -101,9 +112,9 @@ def train(
         if finished:
             on_event(AlreadyFinished(run_dir=run.path, step=finished.step, best_val_loss=finished.best_val_loss))
             return finished
-        trainer = _Trainer(config, shards, run, folder, device, on_event, peak_flops, stop)
+        trainer = _Trainer(config, shards, run, folder, device, on_event, peak_flops, spilled, stop)
         if resume:
-            trainer.restore(found)
+            trainer.restore(found, grow=grow)
         del found  # three times the weights: not to be kept through the run
         return trainer.run()
 
@@ -117,7 +128,7 @@ def _newest(folder: CheckpointFolder, config: RunConfig, on_event: OnEvent) -> t
 
     found = folder.newest(skip)
     if found is not None:
-        problems = config_differences(found[1].config, config)
+        problems = config_differences(found[1].config, config, found[1].step)
         if problems:
             raise DataError(problems, source=f"the configuration is not the one that {found[0]} was trained with")
     return found
@@ -151,12 +162,13 @@ class _Trainer:
         device: torch.device,
         on_event: OnEvent,
         peak_flops: float | None,
+        spilled: SpillCheck | None,
         stop: StopSignal,
     ) -> None:
         self.config, self.shards, self.dir, self.folder = config, shards, run, folder
         self.device, self.emit, self.peak_flops, self.stop = device, on_event, peak_flops, stop
         t, step, block_size = config.train, config.step_config, config.model.block_size
-        self.total_steps = config.total_steps
+        self.total_steps, self.learning_rate = config.total_steps, schedule_of(config)
         self.stream = shards.train_stream(block_size, t.seed)
         self.evaluation = shards.evaluation(block_size, config.step.batch_size, t.eval_batches)
         torch.manual_seed(t.seed)
@@ -169,6 +181,11 @@ class _Trainer:
             betas=(t.beta1, t.beta2),
         )
         self.train_step = TrainStep(self.model, self.optimizer, step, grad_clip=t.grad_clip, device=device)
+        self.guard = Guard(
+            config.shape, self.train_step, device, self._guarded, enabled=t.guard, spilled=spilled
+        )  # fmt: skip
+        self.compile_at = t.compile_after
+        self.best_saved: tuple[float, int] | None = None
         self.recorder = Recorder(config, run.metrics, device, peak_flops, on_event)
         self.step = 0
         self.saved_step: int | None = None
@@ -178,7 +195,7 @@ class _Trainer:
     def tokens_seen(self) -> int:
         return self.step * self.config.tokens_per_step
 
-    def restore(self, found: tuple[Path, Checkpoint] | None) -> None:
+    def restore(self, found: tuple[Path, Checkpoint] | None, *, grow: bool) -> None:
         """Continue from a checkpoint; from the very beginning when the run never reached its first one."""
         path, checkpoint = found or (None, None)
         if path is not None and checkpoint is not None:
@@ -193,12 +210,17 @@ class _Trainer:
             rule = f"holds no checkpoint, but {lost} was saved"
             remedy = "bring it back, or start a new run in another directory"
             raise DataError(Problem("run_dir", str(self.folder.directory), rule, remedy))
+        if not grow and (split := self.dir.split_of(self.config)):
+            self.guard.use(split)
         dropped = self.recorder.restore(self.step, checkpoint, self.evaluation.blocks)
+        self.best_saved = self.dir.best_saved()
         self.emit(Resumed(checkpoint=path, step=self.step, tokens_seen=self.tokens_seen, dropped_lines=dropped))
 
     def run(self) -> TrainResult:
         """Train to the end, or to a signal."""
         self.train_step.allocate()
+        if self.saved_step is None:
+            rehearse(self.train_step, self.folder)
         session = describe_session(self.config, self.device, self.shards, self.step, self.evaluation.blocks)
         notes = [*self._notes(), *session_notes(self.dir.sessions(), session)]
         self.dir.add_session(session)
@@ -207,11 +229,14 @@ class _Trainer:
         with self.recorder:
             try:
                 self._evaluate_if_due()
-                while self.step < self.total_steps and not self.stop.requested:
+                while self.step < self.total_steps and not self.stop.requested and not self.recorder.hours_used:
+                    self._compile_if_due()
                     self._one_step()
                     if self.step % self.config.train.checkpoint_interval == 0 or self.step == self.total_steps:
                         self._save()
                     self._evaluate_if_due()
+                if self.step < self.total_steps and not self.stop.requested:
+                    return self._out_of_hours()
             except _StopEvaluation:
                 pass  # handled below, like a signal that arrives during a step
             if self.step < self.total_steps or self.recorder.evaluated_step != self.step:
@@ -220,24 +245,40 @@ class _Trainer:
         return self._result()
 
     def _one_step(self) -> None:
-        t, start = self.config.train, time.perf_counter()
-        rate = learning_rate(
-            self.step,
-            peak=t.learning_rate,
-            minimum=t.min_learning_rate,
-            warmup_steps=t.warmup_steps,
-            total_steps=self.total_steps,
-        )
-        result = self.train_step(self._micro_batches(), rate)
-        seconds = time.perf_counter() - start
+        rate = self.learning_rate(self.step)
+        position = self.stream.position
+
+        def attempt() -> tuple[StepResult, float]:
+            start = time.perf_counter()
+            return self.train_step(self._micro_batches(), rate), time.perf_counter() - start
+
+        def undo() -> None:
+            self.stream.position = position
+
+        result, seconds = self.guard.protect(self.step, TRAINING, attempt, undo)
         self.step += 1
         self._stop_unless_finite(result, rate)
         self.recorder.step_done(self.step, result, rate, seconds, self.stream.epoch)
+        self.guard.after_step(self.step, self.config.tokens_per_step, seconds)
+
+    def _compile_if_due(self) -> None:
+        if self.compile_at is not None and self.step >= self.compile_at:
+            self.compile_at = None
+            self.guard.try_compiled(self.step)
+
+    def _guarded(self, event: GuardEvent) -> None:
+        """What the guard did: for the next session, for the metrics, and for whoever listens."""
+        split = self.guard.split
+        if isinstance(event, MicroBatchReduced):
+            self.dir.amend_session(split=[split.batch_size, split.grad_accum])
+        self.recorder.guarded(event.step, event.words, split.batch_size, split.grad_accum)
+        self.emit(event)
 
     def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.config.step.grad_accum):
+        split = self.guard.split
+        for _ in range(split.grad_accum):
             self._announce_stop()
-            tokens, targets = self.stream.batch(self.config.step.batch_size)
+            tokens, targets = self.stream.batch(split.batch_size)
             if self.device.type == "cuda":  # pinned, so that the copy does not wait for the GPU's queue
                 tokens, targets = tokens.pin_memory(), targets.pin_memory()
             yield tokens, targets
@@ -265,7 +306,8 @@ class _Trainer:
                 config_toml=self.config.to_toml(),
                 last_loss=self.recorder.last_loss,
                 best_val_loss=self.recorder.best_val_loss,
-            )
+            ),
+            best_step=self.best_saved[1] if self.best_saved else None,
         )
         self.saved_step = self.step
         seconds = time.perf_counter() - start
@@ -276,16 +318,21 @@ class _Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate at every ``eval_interval``, at step 0 and at the end, once. Step 0 shows early that it fits."""
         due = self.step % self.config.train.eval_interval == 0 or self.step == self.total_steps
+        due = due or self.recorder.hours_used
         if not due or self.recorder.evaluated_step == self.step:
             return
         start = time.perf_counter()
-        loss = self.train_step.evaluate(self._evaluation_batches())
+        loss = self.guard.protect(
+            self.step, EVALUATION, lambda: self.train_step.evaluate(self._evaluation_batches()), lambda: None
+        )
         if not math.isfinite(loss):
             self._fail(f"the validation loss is {loss} after step {self.step}")
         self.recorder.evaluated(self.step, loss, self.evaluation.blocks, time.perf_counter() - start)
+        if self.saved_step == self.step and (self.best_saved is None or loss < self.best_saved[0]):
+            self.best_saved = loss, self.step
 
     def _evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.evaluation:
+        for batch in self.evaluation.in_batches_of(self.guard.split.batch_size):
             if self.stop.requested:
                 raise _StopEvaluation
             yield batch
@@ -322,6 +369,22 @@ class _Trainer:
         )
         return self._result(interrupted=True, signal_number=number)
 
+    def _out_of_hours(self) -> TrainResult:
+        """Save and evaluate: ``max_hours`` are over, and the run can be resumed with more."""
+        newest = self.folder.paths()[0] if self.saved_step == self.step else self._save()
+        self._evaluate_if_due()
+        self.emit(
+            HoursUsed(
+                run_dir=self.dir.path,
+                checkpoint=newest,
+                step=self.step,
+                total_steps=self.total_steps,
+                max_hours=self.config.train.max_hours or 0.0,
+                val_loss=self.recorder.val_loss,
+            )
+        )
+        return self._result()
+
     def _announce_finish(self, seconds: float) -> None:
         self.emit(
             Finished(
@@ -354,8 +417,8 @@ class _Trainer:
             run_dir=self.dir.path,
             device=device_name(self.device),
             parameters=self.model.parameter_count(),
-            batch_size=c.step.batch_size,
-            grad_accum=c.step.grad_accum,
+            batch_size=self.guard.split.batch_size,
+            grad_accum=self.guard.split.grad_accum,
             block_size=c.model.block_size,
             tokens_per_step=c.tokens_per_step,
             start_step=self.step,
@@ -381,6 +444,9 @@ class _Trainer:
             )
         if not self.shards.held_out(self.config.model.block_size):
             notes.append("the validation split is shorter than a block: the end of the training text is used instead")
+        if self.guard.split.batch_size != self.config.step.batch_size:
+            before = f"{self.config.step.batch_size} x {self.config.step.grad_accum}"
+            notes.append(f"memory has reduced {before} micro-batches to those above; --resume --grow goes back")
         if self.config.step.device != self.device.type:
             notes.append(f"the configuration was made for {self.config.step.device}, this run is on {self.device.type}")
         return notes

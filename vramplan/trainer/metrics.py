@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object per line, in the order things happened.
 
-Every line has ``kind`` (``step``, ``checkpoint``, ``evaluation`` or ``stopped``), ``step`` and ``time`` (Unix seconds).
-Numbers that are not finite are written as null, because JSON has no other word for them.
+Every line has ``kind`` (``step``, ``checkpoint``, ``evaluation``, ``guard``, ``spike`` or ``stopped``), ``step``,
+``run_seconds`` (the recorder's) and ``time`` (Unix seconds). Numbers that are not finite are written as null, because JSON has no other word for them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ _REQUIRED = {
     "step": ("loss",),
     "evaluation": ("val_loss", "best_val_loss", "train_loss"),
     "checkpoint": ("file",),
+    "guard": ("reason", "batch_size", "grad_accum"),
+    "spike": ("what", "value", "usual", "times"),
     "stopped": ("reason",),
 }
-_WORDS = ("kind", "reason", "file")
+_WORDS = ("kind", "reason", "file", "what")
 """Fields that hold text. All others hold numbers, or null."""
 
 
@@ -72,6 +74,12 @@ def read_metrics(path: Path) -> list[Line]:
             raise DataError(Problem("metrics", str(path), f"is damaged in line {number}", "remove that line"))
         found.append(line)
     return found
+
+
+def anything_done(path: Path) -> bool:
+    """Whether there is more than words about memory that was tried to no avail. An unreadable line counts."""
+    with path.open("rb") as lines:
+        return any(not line.startswith(b'{"kind": "guard"') for line in lines)
 
 
 def _sound(line: Any) -> bool:

@@ -89,6 +89,22 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.init_state(group, p, number, index)  # type: ignore[attr-defined]  # bitsandbytes
 
 
+ALLOCATES_NOTHING: frozenset[str] = frozenset({"adamw-fused", "adamw8bit", "adamw-in-backward"})
+"""Optimizers whose kernels work in place: an update takes no memory beyond gradients and states."""
+
+
+def reset_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Set the number of updates back to none, as before the first."""
+    for part in (*getattr(optimizer, "parts", ()), *filter(None, [getattr(optimizer, "inner", None)])):
+        reset_counts(part)
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].zero_()
+
+
 class Several(torch.optim.Optimizer):
     """Several optimizers as one; their groups are shared, so that a learning rate set here reaches them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter as clock
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,15 +12,17 @@ import torch
 
 from ..runconfig import RunConfig
 from .checkpoint import Checkpoint
-from .events import Evaluated, OnEvent, StepLogged
+from .events import Evaluated, OnEvent, SpikeSeen, StepLogged
 from .metrics import Line, MetricsLog, drop_after, read_metrics
 from .step import StepResult
+from .watch import Spike, SpikeWatch
 
 
 class Recorder:
     """Turns finished steps and evaluations into ``metrics.jsonl`` and events. A context manager around the file.
 
-    Throughput covers what it is told of: the seconds of training steps, so neither evaluations nor checkpoints.
+    Throughput covers what it is told of: the seconds of training steps, so neither evaluations nor checkpoints. Every
+    line has ``run_seconds``, and they say how long the sessions before have worked.
     """
 
     def __init__(
@@ -31,12 +34,15 @@ class Recorder:
         self.val_loss: float | None = None
         self.best_val_loss: float | None = None
         self.evaluated_step: int | None = None
+        self._watches = SpikeWatch("loss"), SpikeWatch("grad_norm")
         self._warm = False
         self._steps, self._seconds = 0, 0.0
+        self._before, self._since = 0.0, clock()
         self._log: MetricsLog | None = None
 
     def __enter__(self) -> Self:
         self._log = MetricsLog(self.path)
+        self._since = clock()
         return self
 
     def __exit__(
@@ -46,12 +52,27 @@ class Recorder:
             self._log.__exit__(kind, error, trace)
             self._log = None
 
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of training, evaluating and saving in all sessions of the run, without the time between them.
+
+        A session that was killed counts up to its last line, also with the steps that were lost with it.
+        """
+        return self._before + clock() - self._since
+
+    @property
+    def hours_used(self) -> bool:
+        """Whether the run has worked for ``max_hours``."""
+        most = self.config.train.max_hours
+        return most is not None and self.run_seconds >= most * 3600
+
     def restore(self, step: int, checkpoint: Checkpoint | None, blocks: int) -> int:
         """Go back to ``step``: drop the lines beyond it (returns how many) and recall the last losses.
 
         The best validation loss is that of the lines that evaluated as many ``blocks`` as are evaluated now; the
         checkpoint's serves where there are no lines.
         """
+        self._before = max((line.get("run_seconds") or 0.0 for line in read_metrics(self.path)), default=0.0)
         dropped = drop_after(self.path, step)
         lines = read_metrics(self.path)
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
@@ -75,6 +96,10 @@ class Recorder:
     def step_done(self, step: int, result: StepResult, learning_rate: float, seconds: float, epoch: float) -> None:
         """Count a finished step; log it when a line is due: the first, the last and every ``log_interval``-th."""
         self.last_loss = result.loss
+        for watch, value in zip(self._watches, (result.loss, result.grad_norm), strict=True):
+            spike = watch.see(value)
+            if spike is not None:
+                self._spike(step, spike)
         if self._warm:  # a process's first step compiles and fills caches: its time says nothing of the others
             self._steps += 1
             self._seconds += seconds
@@ -114,9 +139,19 @@ class Recorder:
         self._write("evaluation", {**asdict(event), "train_loss": self.last_loss, "tokens": tokens})
         self.emit(event)
 
+    def guarded(self, step: int, reason: str, batch_size: int, grad_accum: int) -> None:
+        """Record what was done so that the run could go on, and the split from here on."""
+        values = {"step": step, "reason": reason, "batch_size": batch_size, "grad_accum": grad_accum}
+        self._write("guard", values)
+
     def stopped(self, step: int, reason: str) -> None:
         """Record why a run cannot go on."""
         self._write("stopped", {"step": step, "reason": reason})
+
+    def _spike(self, step: int, spike: Spike) -> None:
+        event = SpikeSeen(step=step, what=spike.what, value=spike.value, usual=spike.usual, times=spike.times)
+        self._write("spike", asdict(event))
+        self.emit(event)
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if tokens_per_second is None or self.peak_flops is None:
@@ -126,7 +161,7 @@ class Recorder:
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self._log is None:
             raise RuntimeError("a Recorder writes only inside its with-block")
-        self._log.append(kind, values)
+        self._log.append(kind, values | {"run_seconds": round(self.run_seconds, 3)})
 
 
 def last_evaluation(path: Path) -> Line | None:

@@ -23,9 +23,12 @@ import torch
 from .. import __version__
 from ..errors import ConfigError, DataError, Problem
 from ..runconfig import RunConfig
-from .checkpoint import CheckpointFolder
+from .checkpoint import CheckpointFolder, step_of
 from .lock import in_use, locked
+from .metrics import anything_done, read_metrics
+from .schedule import first_difference
 from .shards import MANIFEST, ShardSet
+from .split import Split
 
 SECTIONS = ("model", "step", "train", "data")
 """The sections that make a run what it is. ``[plan]`` only says what was expected of it."""
@@ -33,10 +36,18 @@ SECTIONS = ("model", "step", "train", "data")
 SPLIT = frozenset(
     {
         "step.batch_size", "step.grad_accum", "step.loss", "step.loss_chunk_tokens", "step.checkpointing",
-        "train.eval_batches",
+        "train.eval_batches", "train.guard",
     }
 )  # fmt: skip
 """How the same tokens per step are computed. A resumed run may change these: its memory, not what it computes."""
+
+LENGTH = frozenset(
+    {"train.schedule", "train.max_steps", "train.token_budget", "train.min_learning_rate", "train.decay_fraction"}
+)
+"""How far a run goes, and at which learning rates. A resumed run may change these if all it has done stays the same."""
+
+ASIDE = frozenset({"train.max_hours", "train.track"})
+"""What no step depends on."""
 
 
 class RunDirectory:
@@ -141,7 +152,8 @@ class RunDirectory:
         if not self.exists:
             rule = "holds no run to resume" if self.path.is_dir() else "does not exist"
             raise DataError(Problem("run_dir", str(self.path), rule, "start the run without --resume"))
-        problems = config_differences(self.stored_config(), config)
+        steps = max(map(step_of, CheckpointFolder(self.checkpoints).paths()), default=0)
+        problems = config_differences(self.stored_config(), config, steps)
         if problems:
             raise DataError(problems, source=f"cannot resume {self.path} with another configuration")
 
@@ -171,7 +183,38 @@ class RunDirectory:
 
     def add_session(self, session: dict[str, Any]) -> None:
         """Append a session to ``run.json``, atomically."""
-        content = {"format": 1, "sessions": [*self.sessions(), session]}
+        self._write_sessions([*self.sessions(), session])
+
+    def amend_session(self, **values: Any) -> None:
+        """Add to what is said of the present session, atomically."""
+        *before, now = self.sessions() or [{}]
+        self._write_sessions([*before, now | values])
+
+    def split_of(self, config: RunConfig) -> Split | None:
+        """How memory made the last session divide a step; None if it did not, or ``config`` divides it anew."""
+        last = (self.sessions() or [{}])[-1]
+        split = last.get("split")
+        if last.get("batch") != _batch(config) or not isinstance(split, list) or len(split) != 2:
+            return None
+        sound = all(type(n) is int and n > 0 for n in split) and split[0] * split[1] == _blocks(config)
+        return Split(*split) if sound else None
+
+    def best_saved(self) -> tuple[float, int] | None:
+        """Validation loss and step of the best of the checkpoints that are there, by the metrics.
+
+        Only evaluations of as much text as the last one are compared.
+        """
+        steps = {step_of(path) for path in CheckpointFolder(self.checkpoints).paths()}
+        evaluations = [line for line in read_metrics(self.metrics) if line["kind"] == "evaluation"]
+        blocks = evaluations[-1].get("blocks") if evaluations else None
+        return min(
+            ((e["val_loss"], e["step"]) for e in evaluations
+             if e["step"] in steps and e["val_loss"] is not None and e.get("blocks") == blocks),
+            default=None,
+        )  # fmt: skip
+
+    def _write_sessions(self, sessions: list[dict[str, Any]]) -> None:
+        content = {"format": 1, "sessions": sessions}
         temporary = self.facts.with_name(f".{self.facts.name}.tmp")
         with temporary.open("w", encoding="utf-8") as f:
             json.dump(content, f, indent=1)
@@ -180,8 +223,8 @@ class RunDirectory:
         temporary.replace(self.facts)
 
     def _used(self) -> bool:
-        """Whether anything came of the run that is here: a line, or a checkpoint."""
-        written = self.metrics.exists() and (self.metrics.is_dir() or self.metrics.stat().st_size > 0)
+        """Whether anything came of the run that is here: a step, an evaluation, or a checkpoint."""
+        written = self.metrics.is_dir() or (self.metrics.exists() and anything_done(self.metrics))
         return written or bool(CheckpointFolder(self.checkpoints).paths())
 
 
@@ -198,12 +241,20 @@ def describe_session(
         "platform": platform.platform(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "batch": f"{config.step.batch_size} x {config.step.grad_accum}",
+        "batch": _batch(config),
         "evaluation_blocks": evaluation_blocks,
         "data_source": shards.manifest.source,
         "data_manifest": str((shards.directory / MANIFEST).resolve()),
         "data_fingerprint": shards.manifest.fingerprint,
     }
+
+
+def _batch(config: RunConfig) -> str:
+    return f"{config.step.batch_size} x {config.step.grad_accum}"
+
+
+def _blocks(config: RunConfig) -> int:
+    return config.step.batch_size * config.step.grad_accum
 
 
 def device_name(device: torch.device) -> str:
@@ -226,15 +277,33 @@ def session_notes(before: list[dict[str, Any]], now: dict[str, Any]) -> list[str
     ]
 
 
-def config_differences(stored: RunConfig, given: RunConfig) -> list[Problem]:
-    """Each field that defines a run and differs: given value, and the run's. SPLIT is free at equal tokens per step."""
-    problems = []
-    free = SPLIT if stored.tokens_per_step == given.tokens_per_step else frozenset[str]()
+def config_differences(stored: RunConfig, given: RunConfig, steps: int) -> list[Problem]:
+    """Each field that defines a run of which ``steps`` are done, and differs: given value, and the run's.
+
+    SPLIT is free at equal tokens per step, and LENGTH where those steps had the learning rates of the given one.
+    """
+    problems, same_tokens = [], stored.tokens_per_step == given.tokens_per_step
+    why = _no_other_length(stored, given, steps)
+    free = ASIDE | (SPLIT if same_tokens else set()) | (LENGTH if same_tokens and not why else set())
     for section in SECTIONS:
         before, after = getattr(stored, section).model_dump(), getattr(given, section).model_dump()
         for name, value in after.items():
             if before[name] != value and f"{section}.{name}" not in free:
                 rule = f"is not the run's {name}={before[name]}"
-                remedy = "resume with the run's own config.toml, or start a new run"
+                own = "resume with the run's own config.toml, or start a new run"
+                remedy = why if why and f"{section}.{name}" in LENGTH else own
                 problems.append(Problem(f"{section}.{name}", value, rule, remedy))
     return problems
+
+
+def _no_other_length(stored: RunConfig, given: RunConfig, steps: int) -> str:
+    """Why a run with ``steps`` done cannot go on as the given one; empty if it can."""
+    if given.total_steps < steps:
+        return f"{steps} steps are done: use at least as many, or start a new run"
+    differs = first_difference(stored, given, steps)
+    if differs is None:
+        return ""
+    return (
+        f"step {differs + 1} of the {steps} that are done would have had another learning rate: start a new run; with "
+        'schedule="constant", or "wsd" until its decay begins, a run can take another length'
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.profiler import record_function
 from ..planner.step import StepConfig
 from .loss import next_token_loss
 from .model import GPT
-from .optimizer import InBackward, allocate_states
+from .optimizer import ALLOCATES_NOTHING, InBackward, allocate_states, reset_counts
 
 MicroBatches = Iterable[tuple[Tensor, Tensor]]
 
@@ -63,7 +63,56 @@ class TrainStep:
         self.grad_clip, self.device = grad_clip, device
         torch.set_float32_matmul_precision("high" if step.dtype == "tf32" else "highest")
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
+        self.applying = False
         self._forward: Callable[[Tensor, Tensor], Tensor] = _compiled(model) if step.compile else model
+
+    def resplit(self, batch_size: int, grad_accum: int) -> None:
+        """Accumulate over another number of micro-batches from the next step on."""
+        self.step = replace(self.step, batch_size=batch_size, grad_accum=grad_accum)
+        self.allocate()
+
+    def run_compiled(self) -> None:
+        """Compile from the next step on."""
+        self._set_compile(True)
+        self._forward = _compiled(self.model)
+
+    def run_eagerly(self) -> None:
+        """Compile no more, and let go of what was compiled."""
+        self._set_compile(False)
+        self._forward = self.model
+        torch.compiler.reset()
+
+    def _set_compile(self, compile: bool) -> None:
+        self.step = replace(self.step, compile=compile)
+        self.model.step = replace(self.model.step, compile=compile)
+
+    def forget(self) -> None:
+        """Drop what a step that failed has left: its gradients, and what the scaler noted about them."""
+        self.model.zero_grad(set_to_none=True)
+        self._new_scaler(self.scaler_state())
+        self.allocate()
+
+    def _new_scaler(self, state: dict[str, Any]) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.step.dtype == "float16")
+        self.load_scaler_state(state)
+
+    def rehearse_update(self) -> None:
+        """Take the memory of an update once, before the first step: with gradients of zero, at a learning rate of zero.
+
+        Only where the update allocates anything; weights and (fresh) states are afterwards as they were.
+        """
+        if self.step.optimizer in ALLOCATES_NOTHING:
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.model.zero_grad(set_to_none=True)
+        reset_counts(self.optimizer)
 
     def allocate(self) -> None:
         """Make optimizer states, and gradients that accumulate, before the first step that needs them."""
@@ -103,18 +152,22 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.applying = True
         self.scaler.step(self.optimizer)
+        self.applying = False
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=self.step.grad_accum == 1)
         return norm
 
     def evaluate(self, micro_batches: MicroBatches) -> float:
-        """Mean loss over the micro-batches, without gradients."""
-        losses = []
+        """Mean loss over all blocks of the micro-batches, without gradients."""
+        losses, blocks = [], []
         with torch.no_grad(), self._eval_mode():
             for tokens, targets in micro_batches:
                 losses.append(self._forward(tokens.to(self.device), targets.to(self.device)))
-            return float(torch.stack(losses).mean())
+                blocks.append(len(tokens))
+            weights = torch.tensor(blocks, dtype=torch.float32, device=self.device)
+            return float((torch.stack(losses) * weights).sum() / weights.sum())
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Iterator[None]:

@@ -111,8 +111,12 @@ class Evaluation:
         return self.batch_size * self.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in range(self.batches):
-            numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+        return self.in_batches_of(self.batch_size)
+
+    def in_batches_of(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same blocks in the same order, ``batch_size`` at a time; the last batch may be shorter."""
+        for start in range(0, self.blocks, batch_size):
+            numbers = range(start, min(start + batch_size, self.blocks))
             yield _tokens_and_targets([self._block(n * self.blocks_available // self.blocks) for n in numbers])
 
     def _block(self, block: int) -> Tokens:

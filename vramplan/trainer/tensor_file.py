@@ -130,7 +130,7 @@ def _sum_of(file: IO[bytes], n_bytes: int) -> int:
 
 
 def _bytes_of(t: Tensor) -> memoryview:
-    return memoryview(t.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
+    return t.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _described(value: Any, path: tuple[str, ...], found: dict[str, Tensor], names: dict[Any, str]) -> Any:
