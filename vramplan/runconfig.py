@@ -84,10 +84,10 @@ _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 class TrainSection(_Section):
     """The optimisation. Exactly one of ``token_budget`` and ``max_steps`` ends the run; ``max_steps`` wins."""
 
-    schedule: Schedule = "cosine"
     learning_rate: float = Field(default=6e-4, gt=0)
     min_learning_rate: float = Field(default=6e-5, ge=0)
     warmup_steps: int = Field(default=700, ge=0)
+    schedule: Schedule = "cosine"
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: the last part of the steps, which decays")
     weight_decay: float = Field(default=0.1, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
