@@ -29,10 +29,18 @@ from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
 )
 @click.option("--shards", type=FilePath(), help="Where the tokens go. [default: beside the run]")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after so many optimizer steps.")
+@click.option(
+    "--compile",
+    "compilation",
+    metavar="on|off|later:N",
+    help="Compile from the first step, never, or after N eager steps if it fits. [default: as the configuration says]",
+)
+@click.option("--no-guard", is_flag=True, help="When memory runs out, end; do not go on in smaller micro-batches.")
+@click.option("--grow", is_flag=True, help="With --resume: back to the micro-batches that memory had reduced.")
 @click.option("--quiet", is_flag=True, help="Print only problems and the end.")
 def train(
     config: Path | None, data: str | None, out: Path | None, resume: bool, replan: bool, shards: Path | None,
-    max_steps: int | None, quiet: bool,
+    max_steps: int | None, compilation: str | None, no_guard: bool, grow: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train from Parquet files: tokenise once, train, evaluate, save; Ctrl-C saves and says how to resume.
 
@@ -63,7 +71,29 @@ def train(
     if max_steps is not None:
         train_section = loaded.train.model_copy(update={"max_steps": max_steps})
         loaded = loaded.model_copy(update={"train": train_section})
-    start_training(loaded, data, out, resume=resume, replan=replan, shards=shards, quiet=quiet)
+    if grow and not resume:
+        raise ConfigError(Problem("--grow", "given", "is for a run that is resumed", "add --resume, or leave it out"))
+    loaded = with_compilation(loaded, compilation)
+    if no_guard:
+        loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"guard": False})})
+    start_training(loaded, data, out, resume=resume, replan=replan, shards=shards, quiet=quiet, grow=grow)
+
+
+def with_compilation(config: RunConfig, words: str | None) -> RunConfig:
+    """``config`` with what --compile says. Raises ConfigError when that is none of its choices, or cannot be run."""
+    if words is None:
+        return config
+    name, colon, steps = words.partition(":")
+    later = name == "later" and steps.isascii() and steps.isdecimal() and int(steps) > 0
+    if not later and (colon or words not in ("on", "off")):
+        remedy = "use on, off, or later:N with the number of eager steps, such as later:200"
+        raise ConfigError(Problem("--compile", words, "is not one of the choices", remedy))
+    data = config.model_dump(exclude_none=True)
+    data["step"]["compile"] = words == "on"
+    data["train"].pop("compile_after", None)
+    if later:
+        data["train"]["compile_after"] = int(steps)
+    return RunConfig.parse(data, "--compile")
 
 
 def _stored(out: Path) -> RunConfig:
@@ -78,7 +108,7 @@ def _stored(out: Path) -> RunConfig:
 
 def start_training(
     config: RunConfig, data: str | None, out: Path, *, resume: bool, replan: bool | None, shards: Path | None = None,
-    quiet: bool = False, to_stderr: bool = False,
+    quiet: bool = False, to_stderr: bool = False, grow: bool = False,
 ) -> None:  # fmt: skip
     """Check everything that can be checked, prepare the data, train; raises Stopped when a signal ended the run.
 
@@ -87,17 +117,27 @@ def start_training(
     from ..trainer.start import check_start, open_shards, torch_device
 
     check_start(config, out, resume=resume, data=data)
+    live = live_gpu() if config.step.device == "cuda" else None
     card = live_card(config)
     fitting = fit_to_free_memory(config, card, replan=replan)
 
+    from ..memory_probe.training import EvidenceOfTraining, spill_check
     from ..report.progress import TrainingView
+    from ..trainer.events import Event
     from ..trainer.loop import train as run_training
 
     with TrainingView(fitting, quiet=quiet, to_stderr=to_stderr) as view:
+        evidence = EvidenceOfTraining(fitting, live, view.note)
+
+        def on_event(event: Event) -> None:
+            view(event)
+            evidence(event)
+
         found = open_shards(fitting, out, resume=resume, data=data, folder=shards, on_event=view)
         result = run_training(
-            fitting, found, out, device=torch_device(fitting.step.device, "step.device"), on_event=view, resume=resume,
-            peak_flops=card.peak_flops(fitting.step.dtype) if card else None,
+            fitting, found, out, device=torch_device(fitting.step.device, "step.device"), on_event=on_event,
+            resume=resume, grow=grow, peak_flops=card.peak_flops(fitting.step.dtype) if card else None,
+            spilled=spill_check(fitting, live),
         )  # fmt: skip
     if result.interrupted and result.signal_number is not None:
         raise SystemExit(128 + result.signal_number)
@@ -161,19 +201,27 @@ def free_memory(config: RunConfig) -> tuple[int | None, str]:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")
 @click.option("--top-k", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--top-p", type=float, help="Of these the likeliest that together have this probability, such as 0.9.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Can be given several times.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True)
+@click.option(
+    "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Texts; each has the next seed."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def sample(run: Path, device: str, **options: Any) -> None:
-    """Write text with the newest checkpoint of a run."""
+def sample(run: Path, prompt: str, device: str, **options: Any) -> None:
+    """Write text with the newest checkpoint of a run. The same seed writes the same text."""
     refused().finish()
     import torch
 
-    from ..trainer.sample import stream
+    from ..trainer.sample import Sampling, stream
     from ..trainer.start import torch_device
 
     kind: Any = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    pieces = stream(run, device=torch_device(kind, "--device"), **options)
-    click.echo(options["prompt"], nl=False)
-    for piece in pieces:
-        click.echo(piece, nl=False)
-    click.echo()
+    how = Sampling(**options)
+    for number, pieces in enumerate(stream(run, prompt, how, device=torch_device(kind, "--device"))):
+        if how.num_samples > 1:
+            click.echo(f"--- {number + 1} of {how.num_samples}, seed {how.seed + number} ---")
+        click.echo(prompt, nl=False)
+        for piece in pieces:
+            click.echo(piece, nl=False)
+        click.echo()

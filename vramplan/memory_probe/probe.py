@@ -78,8 +78,6 @@ def probe(
     _check(shape, step, steps)
     settings = AllocatorSettings.parse(alloc_conf)
     live = live_gpu() if step.device == "cuda" else None
-    card = card_of(live)
-    full = estimate(shape, step, card, settings)
     host = _host_limit(host_bytes)
     request = {
         "shape": asdict(shape), "step": asdict(step), "steps": steps, "cap_bytes": cap_bytes, "everything": everything,
@@ -97,16 +95,8 @@ def probe(
     except KeyboardInterrupt:
         end, how = None, Ending("killed", INTERRUPTED)
     figures = _figures(end)
-    expected = float(tokens_per_second(shape, step, card)) if card is not None else None
-    common: dict[str, Any] = {
-        "id": uuid.uuid4().hex, "when": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__,
-        "model": _section(ModelSection, shape), "step": _section(StepSection, step),
-        "driver": live.driver if live else None, "limit_bytes": _limit(live, cap_bytes), "cap_bytes": cap_bytes,
-        "alloc_conf": alloc_conf,
-        "device": live.name if live else "", "architecture": architecture_of(live, step),
-        "wall_seconds": end.seconds if end else 0.0, "expected_allocated_bytes": full.peak_allocated_bytes,
-        "expected_reserved_bytes": full.peak_reserved_bytes, "expected_process_bytes": full.process_bytes,
-        "expected_tokens_per_second": expected,
+    common = identity(shape, step, live, settings, alloc_conf) | {
+        "limit_bytes": _limit(live, cap_bytes), "cap_bytes": cap_bytes, "wall_seconds": end.seconds if end else 0.0,
     }  # fmt: skip
     total = figures.pop("total_bytes", None) if isinstance(figures.get("total_bytes"), int) else None
     figures.pop("total_bytes", None)
@@ -118,6 +108,25 @@ def probe(
     if found.outcome == "fits" and (why := _spilled(found, total)):
         found = found.model_copy(update={"outcome": "spilled", "reason": why})
     return found
+
+
+def identity(
+    shape: Shape, step: StepConfig, live: LiveGpu | None, settings: AllocatorSettings, alloc_conf: str = ""
+) -> dict[str, Any]:
+    """What a :class:`Measurement` says besides how it ended and what it needed: what was run, where, and what was
+    expected of it.
+    """
+    card = card_of(live)
+    full = estimate(shape, step, card, settings)
+    return {
+        "id": uuid.uuid4().hex, "when": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__,
+        "model": _section(ModelSection, shape), "step": _section(StepSection, step),
+        "driver": live.driver if live else None, "alloc_conf": alloc_conf,
+        "device": live.name if live else "", "architecture": architecture_of(live, step),
+        "expected_allocated_bytes": full.peak_allocated_bytes, "expected_reserved_bytes": full.peak_reserved_bytes,
+        "expected_process_bytes": full.process_bytes,
+        "expected_tokens_per_second": float(tokens_per_second(shape, step, card)) if card is not None else None,
+    }  # fmt: skip
 
 
 def card_of(live: LiveGpu | None) -> Gpu | None:

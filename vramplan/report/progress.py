@@ -38,7 +38,8 @@ class TrainingView:
 
     def __call__(self, event: events.Event) -> None:
         """Render one event."""
-        handler = getattr(self, f"_on_{type(event).__name__}", None)
+        kind = events.GuardEvent if isinstance(event, events.GuardEvent) else type(event)
+        handler = getattr(self, f"_on_{kind.__name__}", None)
         if handler is not None:
             try:
                 handler(event)
@@ -134,6 +135,16 @@ class TrainingView:
             f"step {e.step:>6,}/{e.total_steps:,}  loss {e.loss:.4f}  lr {e.learning_rate:.2e}  "
             f"grad norm {e.grad_norm:.2f}  {rate}  {used}{memory}"
         )
+
+    def _on_GuardEvent(self, e: events.GuardEvent) -> None:  # noqa: N802
+        if isinstance(e, events.CompileSwitched):
+            self._say(f"step {e.step:>6,}  {e.words}")
+        else:
+            self._warn(f"step {e.step:,}: {e.words}")
+
+    def note(self, text: str) -> None:
+        """Say something that is no event of the run."""
+        self._say(f"  note: {text}", always=True)
 
     def _on_Evaluated(self, e: events.Evaluated) -> None:  # noqa: N802
         best = " (best)" if e.val_loss <= e.best_val_loss else f" (best {e.best_val_loss:.4f})"
