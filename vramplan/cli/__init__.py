@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import keyword
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ COMMANDS = {  # and the module each lives in
     "tune": "tuning",
     "train": "training",
     "sample": "training",
+    "export": "exchange",
+    "import": "exchange",
     "report": "reporting",
     "ledger": "probing",
 }
@@ -42,7 +45,8 @@ class LazyGroup(click.RichGroup):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f".{COMMANDS[cmd_name]}", __name__)
-        command: click.Command = getattr(module, cmd_name)
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command: click.Command = getattr(module, name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

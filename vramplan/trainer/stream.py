@@ -79,7 +79,13 @@ class TokenStream:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved position. Raises DataError when it belongs to other data, block size or seed."""
+        """Continue at a saved position; at the beginning when nothing has been read, as of an imported run.
+
+        Raises DataError when it belongs to other data, block size or seed.
+        """
+        if not state:
+            self.position = 0
+            return
         problems = [
             Problem(f"data.{name}", getattr(self, name), f"is not the checkpoint's {state[name]}", "use the same data")
             for name in ("fingerprint", "block_size", "seed")
