@@ -190,7 +190,8 @@ def test_the_command_line_knows_every_format():
 
 def test_small_vocabularies_have_no_end_of_text(tmp_path):
     save(tmp_path / "run", GPT(Shape(**GPT2), HOW))
-    export(tmp_path / "run", "hf", tmp_path / "hf")
+    done = export(tmp_path / "run", "hf", tmp_path / "hf")
+    assert "no tokenizer in it; with 70 tokens it is not GPT-2's" in done.notes
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / "hf" / name).read_text())
         assert content["eos_token_id"] is None

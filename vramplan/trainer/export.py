@@ -96,7 +96,10 @@ def _hf(checkpoint: Checkpoint) -> _Content:
             (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     notes = ['no tokenizer in it; it is GPT-2\'s: GPT2TokenizerFast.from_pretrained("gpt2")']
-    if (padding := config.model.vocab_size - GPT2_VOCAB) > 0:
+    padding = config.model.vocab_size - GPT2_VOCAB
+    if padding < 0:
+        notes = [f"no tokenizer in it; with {config.model.vocab_size} tokens it is not GPT-2's"]
+    if padding > 0:
         notes.append(
             f"vocab_size stays {config.model.vocab_size}: the last {padding} rows are padding without text, which "
             "generation_config.json suppresses"
