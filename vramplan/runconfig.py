@@ -27,6 +27,7 @@ from .planner.step import (
     DType,
     Loss,
     Optimizer,
+    Residual,
     StepConfig,
     Workload,
     check,
@@ -67,6 +68,9 @@ class StepSection(_Section):
     loss_chunk_tokens: int = Field(default=DEFAULT_LOSS_CHUNK, ge=1)
     checkpointing: Checkpointing = "none"
     optimizer: Optimizer = "adamw-fused"
+    residual: Residual = Field(
+        default="compute", description="dtype of the residual stream: of activations, or float32"
+    )
     workload: Workload = "vramplan"
     device: DeviceKind = "cuda"
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -68,6 +68,7 @@ FOREACH: dict[str, Any] = {"optimizer": "adamw-foreach"}
 EIGHT_BIT: dict[str, Any] = {"optimizer": "adamw8bit"}
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
 FP16: dict[str, Any] = {"dtype": "float16"}
+WIDE: dict[str, Any] = {"residual": "float32"}
 
 CASES = [
     case("wide vocabulary", 4),
@@ -157,6 +158,12 @@ CASES = [
     case("half", 4, bias=True, **BF16, **SELECTIVE),
     case("modern, half", 4, grad_accum=3, **FP16, **SELECTIVE),
     case("modern, deep", 8, **chunked(100), **SELECTIVE, **EIGHT_BIT),
+    case("half", 4, **BF16, **WIDE),
+    case("half", 4, bias=True, tied=False, grad_accum=3, **chunked(64), **FP16, **WIDE),
+    case("half", 4, **BLOCK, **BF16, **WIDE),
+    case("half", 4, bias=True, **SELECTIVE, **BF16, **WIDE),
+    case("modern, half", 4, **BF16, **WIDE),
+    case("modern, half", 4, grad_accum=3, **chunked(64), **SELECTIVE, **FP16, **WIDE),
 ]
 CONFIGS: list[tuple[Shape, StepConfig]] = [case.values[0] for case in CASES]
 

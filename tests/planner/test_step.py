@@ -77,3 +77,14 @@ def test_tokens_per_step_of_the_usual_run() -> None:
 @pytest.mark.parametrize(("dtype", "half"), [("float32", False), ("bfloat16", True), ("float16", True)])
 def test_both_half_precisions_are_two_bytes(dtype: str, half: bool) -> None:
     assert StepConfig(dtype=dtype).half is half
+
+
+def test_a_wide_residual_stream_needs_wide_weights_and_our_trainer() -> None:
+    wide = StepConfig(residual="float32")
+    assert check_step(wide) == []
+    assert wide.wide_residual
+    assert not StepConfig(residual="float32", dtype="tf32").wide_residual, "it is float32 anyway"
+    pure = StepConfig(residual="float32", dtype="pure-bfloat16", optimizer="adamw-stochastic")
+    assert [p.field for p in check_step(pure)] == ["residual"]
+    script = StepConfig(residual="float32", workload="nanogpt", loss="full")
+    assert [p.field for p in check_step(script)] == ["residual"]

@@ -180,3 +180,41 @@ def test_a_group_of_queries_shares_its_key() -> None:
     full.wte.data, full.wpe.data = grouped.wte.data, grouped.wpe.data
     tokens = torch.randint(0, 97, (2, 24))
     torch.testing.assert_close(grouped.hidden(tokens), full.hidden(tokens))
+
+
+@pytest.mark.parametrize("name", ["plain", "rmsnorm", "all"])
+def test_a_float32_residual_stream_rounds_less(name: str) -> None:
+    """Half-precision products either way; the sums of twelve layers are what the wider stream keeps."""
+    shape = replace(SMALL, n_layer=12, **VARIANTS.get(name, {}))
+    tokens = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+    hidden = {}
+    for label, settings in {
+        "float32": {"dtype": "float32"},
+        "compute": {"dtype": "bfloat16"},
+        "wide": {"dtype": "bfloat16", "residual": "float32"},
+    }.items():
+        model = GPT(shape, replace(STEP, **settings), seed=5)
+        seen: list[torch.dtype] = []
+        model.blocks[-1].register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.dtype))
+        hidden[label] = model.hidden(tokens)
+        assert seen == [torch.bfloat16 if label == "compute" else torch.float32]
+        assert hidden[label].dtype == model.dtype
+        model(tokens, tokens).backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    error = {
+        label: float((hidden[label].detach().float() - hidden["float32"].detach()).norm())
+        for label in ("compute", "wide")
+    }
+    assert error["wide"] < 0.8 * error["compute"]
+
+
+@pytest.mark.parametrize("checkpointing", ["block", "selective"])
+def test_a_float32_residual_stream_recomputes_the_same(checkpointing: Any) -> None:
+    tokens = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+    found = []
+    for how in ("none", checkpointing):
+        step = replace(STEP, dtype="bfloat16", residual="float32", checkpointing=how)
+        model = GPT(SMALL, step, seed=5)
+        model(tokens, tokens).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)

@@ -42,6 +42,7 @@ from .options import (
 @click.option("--loss-chunk-tokens", type=int, help=f"Tokens per slice. [default: {DEFAULT_LOSS_CHUNK}]")
 @click.option("--checkpointing", type=choice("checkpointing"), help="Of activations. [default: none]")
 @click.option("--optimizer", type=choice("optimizer"), help="[default: adamw-fused; adamw-foreach for autocast]")
+@click.option("--residual", type=choice("residual"), help="Dtype of the residual stream. [default: compute]")
 @click.option("--workload", type=choice("workload"), help="Whose script. [default: vramplan]")
 @torch_option
 @click.option("--alloc-conf", metavar="TEXT", help="PYTORCH_ALLOC_CONF of the run (expandable_segments:True, ...).")
@@ -127,8 +128,8 @@ def _configuration(
     names = {"compile_": "compile"} | {
         n: n
         for n in (
-            "batch_size", "grad_accum", "dtype", "loss", "loss_chunk_tokens", "checkpointing", "optimizer", "workload",
-            "dropout",
+            "batch_size", "grad_accum", "dtype", "loss", "loss_chunk_tokens", "checkpointing", "optimizer", "residual",
+            "workload", "dropout",
         )
     }  # fmt: skip
     if given["torch"] is not None or "torch" not in step_values:

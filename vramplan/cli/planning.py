@@ -71,6 +71,10 @@ search_options = options(
         help="8-bit states are taken only when nothing else fits.",
     ),
     click.option(
+        "--residual", type=choice("residual"), default="compute", show_default=True,
+        help="Dtype of the residual stream: that of the activations, or float32.",
+    ),
+    click.option(
         "--workload", type=choice("workload"), default="vramplan", show_default=True,
         help="Whose memory: our trainer, nanoGPT's train.py, the usual autocast loop, or one all in one dtype.",
     ),
@@ -251,6 +255,7 @@ def _grid(target: Target, search: dict[str, Any], shapes: tuple[Shape, ...]) -> 
         losses=_pinned(search["loss"], ("full", "chunked") if ours else ("full",)),
         checkpointings=_pinned(search["checkpointing"], get_args(Checkpointing) if ours else ("none",)),
         optimizers=_pinned(search["optimizer"], optimizers),
+        residual=search["residual"],
         batch_sizes=None if search["batch_size"] is None else (search["batch_size"],),
         loss_chunks=LOSS_CHUNKS,
         device=target.device,

@@ -49,7 +49,7 @@ class Space:
         grid = Grid(
             shapes=self.shapes, tokens_per_step=int(tokens_per_step(self.shapes[0], step)), dtypes=(step.dtype,),
             compiles=self.compiles, optimizers=SAME_NUMERICS.get(step.optimizer, (step.optimizer,)),
-            device=step.device, torch=step.torch,
+            residual=step.residual, device=step.device, torch=step.torch,
         )  # fmt: skip
         fitting = list(rank(grid, self.gpu, self.budget_bytes, EVEN_RISK))
         known = set(fitting)

@@ -158,10 +158,7 @@ class EagerStep(LossRows):
         return self.residual(mid, self.drop("mlp branch", self.mlp(mid), self.e), row)
 
     def _qkv(self, x: Tensor) -> Tensor:
-        s = self.shape
-        return self._project(
-            lambda x: self.norm("ln_1", x), "attn.qkv", lambda y: self.half("ln_1", y), x, s.qkv_width, self.h
-        )
+        return self._normed_project("ln_1", "attn.qkv", x, self.shape.qkv_width)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Causal self-attention."""
@@ -184,11 +181,16 @@ class EagerStep(LossRows):
         s = self.shape
         return self._project(
             self.activation, "mlp.proj", lambda y: y,
-            self._project(
-                lambda x: self.norm("ln_2", x), "mlp.fc", lambda y: self.half("ln_2", y), x, s.fc_width, self.h
-            ),
-            self.h, s.mlp_width,
+            self._normed_project("ln_2", "mlp.fc", x, s.fc_width), self.h, s.mlp_width,
         )  # fmt: skip
+
+    def _normed_project(self, norm: str, name: str, x: Tensor, n_out: Ints) -> Tensor:
+        """Our norm returns what products take; under autocast the product makes the copy, beside the norm's output."""
+        if self.autocast:
+            before, cast = (lambda x: self.norm(norm, x)), (lambda y: self.half(norm, y))
+        else:
+            before, cast = (lambda x: self.half(norm, self.norm(norm, x))), (lambda y: y)
+        return self._project(before, name, cast, x, n_out, self.h)
 
     def _project(self, before: Operation, name: str, cast: Operation, x: Tensor, n_out: Ints, n_in: Ints) -> Tensor:
         """A linear layer of ``before(x)``. Selective checkpointing keeps ``x`` only; the product is not repeated."""
@@ -260,7 +262,7 @@ class EagerStep(LossRows):
             held = None if self.early else stream[0]
             stream.append(self.block(stream.pop()))
             del held
-        hidden = self.norm("ln_f", stream[0])
+        hidden = self.half("ln_f", self.norm("ln_f", stream[0]))
         del stream
         self.evaluation_loss(hidden)
         del hidden, batch

@@ -154,6 +154,8 @@ class Estimate:
             return ""
         if step.half and shape.head_dim % 8:
             return f"how a compiled graph pads heads of {shape.head_dim} was not traced; eager rows are used"
+        if step.wide_residual:
+            return "what a compiled graph keeps beside a float32 residual stream; the rows are autocast's"
         if shape.mlp == "swiglu" and step.checkpointing == "block":
             return "a compiled gated MLP that is recomputed needed up to 5 % more on a CPU than it says here"
         if not is_traced(step.torch):

@@ -90,8 +90,8 @@ class Operations(StateRows):
 
     def _layer_norm(self, name: str, x: Tensor) -> Tensor:
         """Keeps its input, mean and 1/std, and its own parameters' copies."""
-        casts = self.casts and not self.autocast  # autocast normalises in float32
-        width = 4 if self.autocast else self.e
+        casts = self.casts and not self.wide_norms
+        width = 4 if self.wide_norms else self.e
         parts = ["weight", "bias"] if self.shape.norm_bias else ["weight"]
         own = [self.cast(f"{name}.{p}", self.h) if casts else self.leaf() for p in parts]
         category = "temporaries" if width != self.e else "activations"
@@ -110,8 +110,10 @@ class Operations(StateRows):
 
         ``elements`` per token are divided among ``rows`` per micro-batch (one per token unless given).
         """
-        size, rows = self.e * elements * self.N, self.N if rows is None else rows
-        w = self.cast(f"{name}.weight", elements) if weighted else Tensor()
+        wide = weighted and self.step.wide_residual
+        width, rows = 4 if wide else self.e, self.N if rows is None else rows
+        size = width * elements * self.N
+        w = (self.leaf() if wide else self.cast(f"{name}.weight", elements)) if weighted else Tensor()
         if not self.cuda:
             return self._rms_norm_by_hand(name, x, w, elements, rows)
         copied = self._made_dense(name, size, weighted)
@@ -122,7 +124,7 @@ class Operations(StateRows):
         def backward(_: Memory) -> Sequence[Memory]:
             copied = self._made_dense(name, size, weighted)
             dx = self.new(f"{name} input gradient", "temporaries", size)
-            dw = self.new(f"{name}.weight gradient", "gradients", self.e * elements) if weighted else ()
+            dw = self.new(f"{name}.weight gradient", "gradients", width * elements) if weighted else ()
             del copied
             return [dx, dw]
 
@@ -134,7 +136,9 @@ class Operations(StateRows):
 
     def _rms_norm_by_hand(self, name: str, x: Tensor, w: Tensor, elements: Ints, rows: Ints) -> Tensor:
         """Where there is no fused kernel: ``trainer.pointwise``, in float32."""
-        size, half, weighted = self.e * elements * self.N, self.e == 2, w.source is not None or bool(w.memory)
+        weighted = w.source is not None or bool(w.memory)
+        half = self.e == 2 and not (weighted and self.step.wide_residual)
+        size = self.e * elements * self.N
 
         def full(what: str, present: bool = True) -> Memory:
             return self.new(f"{name} {what}", "temporaries", 4 * elements * self.N) if present else ()
@@ -172,8 +176,8 @@ class Operations(StateRows):
         return self.result(out, [x, w], backward, [x.memory, w.memory, scale])
 
     def half(self, name: str, x: Tensor) -> Tensor:
-        """The copy of a float32 norm's output that autocast makes for the next product."""
-        if not (self.autocast and self.casts):
+        """The copy of a float32 norm's output that is made for the next product."""
+        if not (self.wide_norms and self.casts):
             return x
 
         def backward(_: Memory) -> Sequence[Memory]:

@@ -144,7 +144,7 @@ def refit(shape: Shape, step: StepConfig, gpu: Gpu | None, free_bytes: int, max_
         return None
     grid = Grid(
         shapes=(shape,), tokens_per_step=int(tokens_per_step(shape, step)), dtypes=(step.dtype,),
-        compiles=(step.compile,), optimizers=(step.optimizer,), device=step.device,
+        compiles=(step.compile,), optimizers=(step.optimizer,), residual=step.residual, device=step.device,
     )  # fmt: skip
     return make_plan(grid, gpu, Budget(total_bytes=free_bytes, reserve_bytes=0), max_risk=max_risk, top=1)
 

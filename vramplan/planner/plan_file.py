@@ -15,11 +15,11 @@ from .step import CHOICES, StepConfig, check
 
 SCHEMA = 1
 SHAPE_FIELDS = tuple(Shape.__dataclass_fields__)
-LATER_FIELDS = frozenset({"norm", "positions", "mlp", "n_kv_head", "qk_norm", "logit_softcap", "torch"})
+LATER_FIELDS = frozenset({"norm", "positions", "mlp", "n_kv_head", "qk_norm", "logit_softcap", "residual", "torch"})
 """Absent from plan files that were written before there was a choice."""
 STEP_FIELDS = (
     "batch_size", "grad_accum", "dtype", "compile", "loss", "loss_chunk_tokens", "checkpointing", "optimizer",
-    "workload", "device", "torch",
+    "residual", "workload", "device", "torch",
 )  # fmt: skip
 
 

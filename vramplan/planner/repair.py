@@ -75,7 +75,8 @@ def _search(
         compiles=(step.compile, not step.compile) if step.device == "cuda" else (step.compile,),
         losses=("full", "chunked") if ours else ("full",),
         checkpointings=get_args(Checkpointing) if ours else ("none",),
-        optimizers=optimizers, device=step.device, workload=step.workload, dropout=step.dropout, torch=step.torch,
+        optimizers=optimizers, residual=step.residual, device=step.device, workload=step.workload,
+        dropout=step.dropout, torch=step.torch,
         loss_chunks=tuple(sorted({*LOSS_CHUNKS, int(step.loss_chunk_tokens)})),
     )  # fmt: skip
     fastest_first = rank(grid, gpu, budget_bytes, max_risk)

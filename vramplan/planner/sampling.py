@@ -49,7 +49,7 @@ class Sampling(EagerStep):
             held = stream[0]
             stream.append(self.block(stream.pop()))
             del held
-        hidden = self.norm("ln_f", stream[0])
+        hidden = self.half("ln_f", self.norm("ln_f", stream[0]))
         del stream
         copy = self.head_copy()
         logits = self.new("logits of the last position", "logits_and_loss", self.e * batch * self.V)

@@ -21,7 +21,7 @@ from .memory import Estimate, context_bytes, estimate, peak_allocated, state_byt
 from .risk import needed_bytes, needed_for
 from .shape import Shape, divisors
 from .speed import flops_per_token, tokens_per_second
-from .step import CONFLICTS, Checkpointing, DeviceKind, DType, Loss, Optimizer, StepConfig, Workload
+from .step import CONFLICTS, Checkpointing, DeviceKind, DType, Loss, Optimizer, Residual, StepConfig, Workload
 
 Numbers = Any  # numpy arrays
 
@@ -47,6 +47,7 @@ class Grid:
     loss_chunks: tuple[int, ...] = LOSS_CHUNKS
     checkpointings: tuple[Checkpointing, ...] = get_args(Checkpointing)
     optimizers: tuple[Optimizer, ...] = ("adamw-fused", "adamw8bit")
+    residual: Residual = "compute"
     batch_sizes: tuple[int, ...] | None = None
     device: DeviceKind = "cuda"
     workload: Workload = "vramplan"
@@ -80,7 +81,8 @@ class Grid:
         ):
             mode = StepConfig(
                 dtype=dtype, compile=compiled, loss=loss, checkpointing=checkpointing, optimizer=optimizer,
-                device=self.device, workload=self.workload, dropout=self.dropout, torch=self.torch,
+                residual=self.residual, device=self.device, workload=self.workload, dropout=self.dropout,
+                torch=self.torch,
             )  # fmt: skip
             if not any(conflict.applies(mode) for conflict in CONFLICTS):
                 yield mode
@@ -89,8 +91,8 @@ class Grid:
         """The first combination, possible or not: what to complain about when none is."""
         return StepConfig(
             dtype=self.dtypes[0], compile=self.compiles[0], loss=self.losses[0], checkpointing=self.checkpointings[0],
-            optimizer=self.optimizers[0], device=self.device, workload=self.workload, dropout=self.dropout,
-            torch=self.torch,
+            optimizer=self.optimizers[0], residual=self.residual, device=self.device, workload=self.workload,
+            dropout=self.dropout, torch=self.torch,
         )  # fmt: skip
 
     def size(self) -> int:

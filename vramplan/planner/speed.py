@@ -268,7 +268,7 @@ def _attention_seconds_per_token(shape: Shape, step: StepConfig, gpu: Gpu, peak:
 def _bytes_per_token(shape: Shape, step: StepConfig) -> Numbers:
     """Elementwise traffic of the blocks and of the loss, per token."""
     branch = 2 if step.half else 4
-    residual = branch if step.workload in ("vramplan", "plain") else 4
+    residual = branch if step.workload in ("vramplan", "plain") and not step.wide_residual else 4
     per_width = BLOCK_TRAFFIC[step.compile].bytes(residual, branch) + branch * _variant_traffic(shape, step)
     if step.checkpointing != "none":
         again = FORWARD_TRAFFIC[step.compile] if step.checkpointing == "block" else SELECTIVE_TRAFFIC

@@ -37,8 +37,10 @@ class StateRows(Graph):
         self.e = 2 if step.half else 4
         self.w = self.e if step.pure else 4
         self.casts = self.e != self.w  # every product takes half-precision copies of its weights
-        self.r = 4 if self.autocast else self.e
-        self.stat = 4 if self.cuda or not step.half else 2  # LayerNorm statistics: float32 on CUDA, as the input on CPU
+        self.wide_norms = self.autocast or step.wide_residual  # computed in float32, with float32 weights
+        self.r = 4 if self.wide_norms else self.e
+        # LayerNorm statistics: float32 on CUDA, as the input on CPU
+        self.stat = 4 if self.cuda or not step.half or self.wide_norms else 2
         self.workspace_bytes = workspace_bytes
         # With accumulation the gradients exist already; one table has one answer, so the search splits its candidates.
         self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))

@@ -18,6 +18,7 @@ Checkpointing = Literal["none", "selective", "block"]
 Optimizer = Literal[
     "adamw-fused", "adamw-foreach", "adamw8bit", "adamw-in-backward", "adamw-offload", "adamw-stochastic", "muon"
 ]
+Residual = Literal["compute", "float32"]
 Workload = Literal["vramplan", "nanogpt", "autocast", "plain"]
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -35,6 +36,9 @@ class StepConfig:
     ``dtype`` is that of activations and products; weights and states are float32, except with ``pure-bfloat16``, whose
     optimizer rounds stochastically. ``tf32`` is float32 with products on tensor cores.
 
+    ``residual`` is the dtype of the residual stream: that of the activations, or float32, in which norms are then
+    computed too.
+
     ``workload`` names the script: ``vramplan`` is our trainer; ``nanogpt`` is nanoGPT's train.py; ``autocast`` the
     common hand-written loop (``cross_entropy(logits.float())`` under autocast, logits kept by the caller); ``plain``
     the loop that has everything in one dtype, weights and optimizer states included, and computes the loss in a
@@ -51,6 +55,7 @@ class StepConfig:
     loss_chunk_tokens: Ints = DEFAULT_LOSS_CHUNK
     checkpointing: Checkpointing = "none"
     optimizer: Optimizer = "adamw-fused"
+    residual: Residual = "compute"
     workload: Workload = "vramplan"
     device: DeviceKind = "cuda"
     dropout: float = 0.0
@@ -60,6 +65,11 @@ class StepConfig:
     def half(self) -> bool:
         """Whether activations are two bytes wide."""
         return self.dtype not in ("float32", "tf32")
+
+    @property
+    def wide_residual(self) -> bool:
+        """Whether our trainer's residual stream is wider than its activations."""
+        return self.residual == "float32" and self.half and self.workload == "vramplan"
 
     @property
     def pure(self) -> bool:
@@ -102,6 +112,10 @@ CONFLICTS = (
         "use compile=false, or another optimizer",
     ),
     Conflict(
+        "residual", lambda s: s.dtype == "pure-bfloat16" and s.residual == "float32",
+        "would be normalised by weights in bfloat16", "use residual=compute, or dtype=bfloat16",
+    ),
+    Conflict(
         "optimizer", lambda s: s.dtype == "pure-bfloat16" and s.optimizer != "adamw-stochastic",
         "would lose small updates of weights in pure-bfloat16", "use adamw-stochastic",
     ),
@@ -128,6 +142,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": get_args(Loss),
     "checkpointing": get_args(Checkpointing),
     "optimizer": get_args(Optimizer),
+    "residual": get_args(Residual),
     "workload": get_args(Workload),
     "device": get_args(DeviceKind),
 }
@@ -166,6 +181,9 @@ def check_step(step: StepConfig) -> list[Problem]:
             problems.append(Problem("checkpointing", step.checkpointing, f"does not exist in {script}", "use none"))
         if step.optimizer not in ("adamw-fused", "adamw-foreach"):
             problems.append(Problem("optimizer", step.optimizer, f"does not exist in {script}", "use adamw-fused"))
+        if step.residual != "compute":
+            rule = f"cannot be chosen in {script}"
+            problems.append(Problem("residual", step.residual, rule, "use residual=compute, or workload=vramplan"))
         if step.dtype in ("tf32", "pure-bfloat16"):
             remedy = "use bfloat16 (pure, with workload=plain)" if "pure" in step.dtype else "use float32"
             problems.append(Problem("dtype", step.dtype, f"does not exist in {script}", remedy))

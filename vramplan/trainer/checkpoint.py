@@ -25,7 +25,7 @@ from ..errors import DataError, Problem, VramplanError
 from ..runconfig import RunConfig
 from ..units import gib
 from .memory_errors import out_of_memory
-from .tensor_file import DamagedFileError, ForeignFileError, damage_of, read_tree, write_tree
+from .tensor_file import damage_of, read_tree, write_tree
 
 FORMAT = 2
 SUFFIX = ".safetensors"
@@ -146,15 +146,7 @@ class CheckpointFolder:
 
 def load(path: Path) -> Checkpoint:
     """Read one checkpoint onto the CPU. Raises DataError when it is damaged or something else."""
-    try:
-        payload = read_tree(path)
-    except DamagedFileError as error:
-        raise DataError(Problem("checkpoint", str(path), f"is damaged ({error})")) from None
-    except ForeignFileError:
-        raise DataError(Problem("checkpoint", str(path), "is not a vramplan checkpoint")) from None
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise DataError(Problem("checkpoint", str(path), f"cannot be read ({reason})")) from None
+    payload = read_tree(path)
     if payload.get("format") != FORMAT:
         raise DataError(Problem("checkpoint", str(path), f"is not a vramplan checkpoint of format {FORMAT}"))
     for name, kinds in _ENTRIES.items():

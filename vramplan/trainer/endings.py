@@ -9,7 +9,7 @@ from ..errors import Stopped, VramplanError, command
 from ..runconfig import RunConfig
 from ..units import gib
 from .checkpoint import CheckpointFolder
-from .guard import HalfAppliedError
+from .guard import HalfApplied
 from .interrupt import StopAtOnce
 from .memory_errors import out_of_memory
 from .rundir import RunDirectory
@@ -22,7 +22,7 @@ def explained(run: RunDirectory, folder: CheckpointFolder, config: RunConfig) ->
         yield
     except StopAtOnce as stop:
         raise Stopped(f"stopped at once by {stop}. {saved(folder)} {_go_on(run)}", stop.number) from None
-    except HalfAppliedError as error:
+    except HalfApplied as error:
         raise VramplanError(f"{error}. {saved(folder)} {_go_on(run)}") from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

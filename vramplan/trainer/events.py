@@ -116,7 +116,7 @@ class StepLogged(Event):
 
     ``step_seconds`` is the mean over the interval, without evaluation and saving. ``tokens_per_second`` and ``mfu`` are
     None for the first step of a process, which compiles and warms up; ``mfu`` also when the peak is unknown. The memory
-    fields (bytes since the process began) are None on a CPU.
+    fields (bytes since the process began) are None on a CPU. ``run_seconds`` is the work of all sessions so far.
     """
 
     step: int
@@ -132,6 +132,7 @@ class StepLogged(Event):
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     alloc_retries: int | None
+    run_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

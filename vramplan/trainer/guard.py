@@ -30,7 +30,7 @@ from .step import TrainStep
 T = TypeVar("T")
 
 
-class HalfAppliedError(Exception):
+class HalfApplied(BaseException):
     """Memory ran out while weights were being updated. Seen only by what ends the run."""
 
 
@@ -70,7 +70,7 @@ class Guard:
     def protect(self, step: int, doing: str, attempt: Callable[[], T], undo: Callable[[], None]) -> T:
         """The result of ``attempt``, repeated in smaller pieces while memory runs out; ``undo`` goes before each.
 
-        Raises what the attempt raised when it was something else, or when there is nothing smaller; HalfAppliedError
+        Raises what the attempt raised when it was something else, or when there is nothing smaller; HalfApplied
         when the weights were being updated.
         """
         while True:
@@ -124,7 +124,7 @@ class Guard:
         if self.train_step.applying:
             if memory:
                 words = f"memory ran out while the weights were being updated ({_first_line(error)})"
-                raise HalfAppliedError(f"{words}: this step can be neither kept nor repeated") from error
+                raise HalfApplied(f"{words}: this step can be neither kept nor repeated") from error
             return False
         if self._on_trial:
             return True

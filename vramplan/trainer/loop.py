@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, Problem, VramplanError
+from ..planner.memory import estimate
 from ..runconfig import RunConfig
 from .checkpoint import (
     Checkpoint,
@@ -232,7 +233,7 @@ class _Trainer:
                 while self.step < self.total_steps and not self.stop.requested and not self.recorder.hours_used:
                     self._compile_if_due()
                     self._one_step()
-                    if self.step % self.config.train.checkpoint_interval == 0 or self.step == self.total_steps:
+                    if self._checkpoint_due():
                         self._save()
                     self._evaluate_if_due()
                 if self.step < self.total_steps and not self.stop.requested:
@@ -289,6 +290,10 @@ class _Trainer:
         if self.stop.requested and not self._stop_announced:
             self._stop_announced = True
             self.emit(StopRequested(signal_name=self.stop.name))
+
+    def _checkpoint_due(self) -> bool:
+        last = self.step == self.total_steps or self.recorder.hours_used
+        return last or self.step % self.config.train.checkpoint_interval == 0
 
     def _save(self) -> Path:
         start = time.perf_counter()
@@ -444,6 +449,7 @@ class _Trainer:
             )
         if not self.shards.held_out(self.config.model.block_size):
             notes.append("the validation split is shorter than a block: the end of the training text is used instead")
+        notes += estimate(self.config.shape, self.config.step_config).caveats
         if self.guard.split.batch_size != self.config.step.batch_size:
             before = f"{self.config.step.batch_size} x {self.config.step.grad_accum}"
             notes.append(f"memory has reduced {before} micro-batches to those above; --resume --grow goes back")

@@ -54,32 +54,34 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
     """Layer normalisation over the last dimension; statistics are computed in float32 by the kernel."""
 
-    def __init__(self, width: int, bias: bool) -> None:
+    def __init__(self, width: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> the same, in the dtype of ``x``."""
+        """(..., width) in the residual stream's dtype -> the same in the compute dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, 1e-5).to(self.dtype)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension, with a weight and no bias."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> the same, in the dtype of ``x``."""
-        return rms_norm(x, self.weight.to(x.dtype))
+        """(..., width) in the residual stream's dtype -> the same in the compute dtype."""
+        return rms_norm(x, self.weight.to(x.dtype)).to(self.dtype)
 
 
-def norm(shape: Shape) -> LayerNorm | RMSNorm:
-    """The normalisation that ``shape`` asks for."""
-    return RMSNorm(shape.n_embd) if shape.norm == "rmsnorm" else LayerNorm(shape.n_embd, shape.bias)
+def norm(shape: Shape, dtype: torch.dtype) -> LayerNorm | RMSNorm:
+    """The normalisation that ``shape`` asks for; what it returns has ``dtype``."""
+    return RMSNorm(shape.n_embd, dtype) if shape.norm == "rmsnorm" else LayerNorm(shape.n_embd, shape.bias, dtype)
 
 
 class Attention(nn.Module):
@@ -142,12 +144,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. With selective checkpointing norms and activations are computed again when needed."""
 
-    def __init__(self, shape: Shape, *, selective: bool = False) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, selective: bool = False) -> None:
         super().__init__()
-        self.selective = selective
-        self.ln_1 = norm(shape)
+        self.dtype, self.selective = dtype, selective
+        self.ln_1 = norm(shape, dtype)
         self.attn = Attention(shape)
-        self.ln_2 = norm(shape)
+        self.ln_2 = norm(shape, dtype)
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None, past: LayerCache | None = None) -> Tensor:
@@ -163,7 +165,7 @@ class Block(nn.Module):
         if not (self.selective and torch.is_grad_enabled()):
             return linear(before(x))  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
-            return F.linear(*_recomputed(lambda x: (before(x), *linear.cast(x.dtype)), x))
+            return F.linear(*_recomputed(lambda x: (before(x), *linear.cast(self.dtype)), x))
         return _recomputed(lambda x: linear(before(x)), x)  # type: ignore[no-any-return]
 
 
@@ -175,8 +177,8 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
 class GPT(nn.Module):
     """A GPT of ``shape``, run as ``step`` says (dtype, loss, activation checkpointing).
 
-    The residual stream has the compute dtype. Initialisation follows GPT-2: normal(0, 0.02), and the projections into
-    the residual stream scaled by 1/sqrt(2 n_layer).
+    The residual stream has the compute dtype, or float32 where ``step`` says so. Initialisation follows GPT-2:
+    normal(0, 0.02), and the projections into the residual stream scaled by 1/sqrt(2 n_layer).
     """
 
     cos: Tensor
@@ -186,6 +188,7 @@ class GPT(nn.Module):
         super().__init__()
         self.shape, self.step = shape, step
         self.dtype = DTYPES[step.dtype]
+        self.stream_dtype = torch.float32 if step.residual == "float32" else self.dtype
         self.wte = nn.Parameter(torch.empty(shape.vocab_size, shape.n_embd))
         learned = shape.positions == "learned"
         self.wpe = nn.Parameter(torch.empty(shape.block_size, shape.n_embd)) if learned else None
@@ -194,8 +197,8 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         selective = step.checkpointing == "selective"
-        self.blocks = nn.ModuleList(Block(shape, selective=selective) for _ in range(shape.n_layer))
-        self.ln_f = norm(shape)
+        self.blocks = nn.ModuleList(Block(shape, self.dtype, selective=selective) for _ in range(shape.n_layer))
+        self.ln_f = norm(shape, self.dtype)
         self.lm_head = None if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.n_embd))
         self._initialise(seed)
         if step.pure:
@@ -230,7 +233,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe[start:end]
         rotary = None if self.wpe is not None else (self.cos[start:end], self.sin[start:end])
-        x = x.to(self.dtype)
+        x = x.to(self.stream_dtype)
         recompute = self.step.checkpointing == "block" and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             past = cache.layers[i] if cache is not None else None

@@ -122,6 +122,7 @@ class Recorder:
             step_seconds=seconds,
             mfu=self._mfu(per_second),
             epoch=epoch,
+            run_seconds=self.run_seconds,
             **_memory(self.device),
         )
         line = asdict(event)
@@ -169,7 +170,7 @@ def last_evaluation(path: Path) -> Line | None:
     return next((line for line in reversed(read_metrics(path)) if line["kind"] == "evaluation"), None)
 
 
-def _memory(device: torch.device) -> dict[str, int | None]:
+def _memory(device: torch.device) -> dict[str, Any]:
     """Peak allocated and reserved bytes, and allocator retries, since the process began; None on a CPU."""
     if device.type != "cuda":
         return {"peak_allocated_bytes": None, "peak_reserved_bytes": None, "alloc_retries": None}

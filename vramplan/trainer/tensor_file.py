@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import DataError, Problem
+
 SUMS = "crc32"
 """Name of the tensor that holds the sums."""
 STRUCTURE = "structure"
@@ -30,14 +32,6 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 Tree = dict[str, Any]
-
-
-class DamagedFileError(ValueError):
-    """The file is not what was written; the message says what is wrong with it."""
-
-
-class ForeignFileError(ValueError):
-    """It is a safetensors file of another program."""
 
 
 def write_tree(file: IO[bytes], tree: Tree) -> None:
@@ -70,20 +64,23 @@ def write_tree(file: IO[bytes], tree: Tree) -> None:
 
 
 def read_tree(path: Path) -> Tree:
-    """What :func:`write_tree` wrote, tensors on the CPU. Raises DamagedFileError, ForeignFileError, OSError."""
-    damage = damage_of(path)
+    """What :func:`write_tree` wrote, tensors on the CPU. Raises DataError for damage and for another program's file."""
     try:
+        damage = damage_of(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if STRUCTURE not in metadata and SUMS not in file.keys():  # noqa: SIM118 - not a dictionary
-                raise ForeignFileError("it holds tensors of another program")
+                raise DataError(Problem("checkpoint", str(path), "is not a vramplan checkpoint"))
             if damage:
-                raise DamagedFileError(damage)
+                raise DataError(Problem("checkpoint", str(path), f"is damaged ({damage})"))
             # copied out of the mapped file, which may be removed while they are in use
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         tree: Tree = _restored(json.loads(metadata[STRUCTURE]), tensors)
     except SafetensorError as error:
-        raise DamagedFileError(damage or str(error)) from None
+        raise DataError(Problem("checkpoint", str(path), f"is damaged ({damage or error})")) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(Problem("checkpoint", str(path), f"cannot be read ({reason})")) from None
     return tree
 
 
