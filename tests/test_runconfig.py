@@ -149,6 +149,11 @@ def test_a_section_that_is_a_value_is_explained() -> None:
         ("train", "learning_rate", float("nan")),
         ("train", "learning_rate", float("inf")),
         ("train", "beta2", 1.0),
+        ("train", "decay_fraction", 0.0),
+        ("train", "decay_fraction", 1.5),
+        ("train", "max_hours", 0.0),
+        ("train", "max_hours", float("inf")),
+        ("train", "track", "wandb"),
         ("data", "validation_fraction", 0.5),
     ],
 )
@@ -160,6 +165,33 @@ def test_values_of_the_wrong_type_or_range_are_refused(section: str, key: str, v
 def test_a_wrong_choice_names_the_nearest() -> None:
     problem = problems_of(with_changes(step={"dtype": "bfloat"}))["step.dtype"]
     assert problem.remedy.startswith("did you mean bfloat16")
+    assert problems_of(with_changes(train={"schedule": "wds"}))["train.schedule"].remedy.startswith("did you mean wsd")
+
+
+@pytest.mark.parametrize(
+    ("track", "words"),
+    [
+        (["tensorbord"], 'track="tensorbord" is not a tracker: did you mean tensorboard?'),
+        (["wandb:"], "is not a project's name"),
+        (["wandb:-x"], "is not a project's name"),
+        (["tensorboard:x"], "names a project, and has none: write tensorboard"),
+        (["trackio:a", "tensorboard", "trackio"], 'track="trackio" is the second of its kind'),
+    ],
+)
+def test_trackers_that_cannot_be_are_named(track: list[str], words: str) -> None:
+    assert words in str(problems_of(with_changes(train={"track": track}))["train.track"])
+
+
+def test_schedule_hours_and_trackers_survive_toml() -> None:
+    train = {"schedule": "wsd", "decay_fraction": 0.1, "max_hours": 7.5, "track": ["tensorboard", "wandb:cats_1.0"]}
+    config = RunConfig.parse(with_changes(train=train))
+    assert config.train.track == ("tensorboard", "wandb:cats_1.0")
+    assert RunConfig.from_toml(config.to_toml()) == config
+    assert hash(config.train) == hash(RunConfig.from_toml(config.to_toml()).train)
+
+
+def test_a_file_from_before_there_were_schedules_is_a_cosine() -> None:
+    assert RunConfig.parse(SMALLEST).train.schedule == "cosine"
 
 
 def test_whole_numbers_may_stand_for_real_ones() -> None:

@@ -109,10 +109,10 @@ def test_ctrl_c_saves_says_how_to_resume_and_the_loss_curve_continues(corpus, co
 
 def test_resume_with_another_configuration_names_both_values(corpus, config, tmp_path):
     out = tmp_path / "run"
-    run("train", config, "--data", corpus, "--out", out, "--max-steps", "2")
+    run("train", config, "--data", corpus, "--out", out, "--max-steps", "4")
     text = run("train", config, "--data", corpus, "--out", out, "--resume", code=2).stderr
-    assert "train.max_steps" in text
-    assert "max_steps=2" in text
+    assert "train.max_steps=24 is not the run's max_steps=4" in text
+    assert "step 4 of the 4 that are done would have had another learning rate" in text
 
 
 def test_a_cuda_plan_on_a_machine_without_cuda_is_an_error(corpus, config, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import rich_click as click
 
 from ..device import host_memory, live_gpu
-from ..errors import ConfigError, DoesNotFitError, Problem, command
+from ..errors import Collector, ConfigError, DoesNotFitError, Problem, command
 from ..planner.gpu import Gpu
 from ..planner.memory import estimate
 from ..planner.plan import refit
@@ -30,6 +30,18 @@ from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
 @click.option("--shards", type=FilePath(), help="Where the tokens go. [default: beside the run]")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after so many optimizer steps.")
 @click.option(
+    "--max-hours",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop, saved and evaluated, after so many hours of work on this run in all its sessions; --resume with more "
+    "goes on. The learning rate follows the steps all the same, and may not have come down by then.",
+)
+@click.option(
+    "--track",
+    multiple=True,
+    metavar="tensorboard|wandb[:PROJECT]|trackio[:PROJECT]|none",
+    help="Show the curves there too; can be given several times. A resumed run goes on with its own.",
+)
+@click.option(
     "--compile",
     "compilation",
     metavar="on|off|later:N",
@@ -40,7 +52,8 @@ from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
 @click.option("--quiet", is_flag=True, help="Print only problems and the end.")
 def train(
     config: Path | None, data: str | None, out: Path | None, resume: bool, replan: bool, shards: Path | None,
-    max_steps: int | None, compilation: str | None, no_guard: bool, grow: bool, quiet: bool,
+    max_steps: int | None, max_hours: float | None, track: tuple[str, ...], compilation: str | None, no_guard: bool,
+    grow: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train from Parquet files: tokenise once, train, evaluate, save; Ctrl-C saves and says how to resume.
 
@@ -68,15 +81,21 @@ def train(
             with collect:
                 find_sources(data, loaded.data.text_column if loaded else DataSection().text_column)
         raise collect.error()
-    if max_steps is not None:
-        train_section = loaded.train.model_copy(update={"max_steps": max_steps})
-        loaded = loaded.model_copy(update={"train": train_section})
+    tracked = () if track == ("none",) else track or None
+    loaded = _with_training(loaded, max_steps=max_steps, max_hours=max_hours, track=tracked)
     if grow and not resume:
         raise ConfigError(Problem("--grow", "given", "is for a run that is resumed", "add --resume, or leave it out"))
     loaded = with_compilation(loaded, compilation)
     if no_guard:
         loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"guard": False})})
     start_training(loaded, data, out, resume=resume, replan=replan, shards=shards, quiet=quiet, grow=grow)
+
+
+def _with_training(config: RunConfig, **changes: Any) -> RunConfig:
+    """``config`` with other values in ``[train]``, of those that are not None. Raises ConfigError."""
+    data = config.model_dump(exclude_none=True)
+    data["train"] |= {name: value for name, value in changes.items() if value is not None}
+    return RunConfig.parse(data)
 
 
 def with_compilation(config: RunConfig, words: str | None) -> RunConfig:
@@ -115,8 +134,14 @@ def start_training(
     ``replan`` None says that the command has no such option.
     """
     from ..trainer.start import check_start, open_shards, torch_device
+    from ..trainer.trackers import Tracker, Tracking, build_trackers
 
-    check_start(config, out, resume=resume, data=data)
+    collect, trackers = Collector(), list[Tracker]()
+    with collect:
+        check_start(config, out, resume=resume, data=data)
+    with collect:
+        trackers = build_trackers(config.train.track)
+    collect.finish()
     live = live_gpu() if config.step.device == "cuda" else None
     card = live_card(config)
     fitting = fit_to_free_memory(config, card, replan=replan)
@@ -126,7 +151,8 @@ def start_training(
     from ..trainer.events import Event
     from ..trainer.loop import train as run_training
 
-    with TrainingView(fitting, quiet=quiet, to_stderr=to_stderr) as view:
+    card_bytes = live.total_bytes if live else None
+    with TrainingView(fitting, quiet=quiet, to_stderr=to_stderr, card_bytes=card_bytes) as view:
         evidence = EvidenceOfTraining(fitting, live, view.note)
 
         def on_event(event: Event) -> None:
@@ -134,11 +160,12 @@ def start_training(
             evidence(event)
 
         found = open_shards(fitting, out, resume=resume, data=data, folder=shards, on_event=view)
-        result = run_training(
-            fitting, found, out, device=torch_device(fitting.step.device, "step.device"), on_event=on_event,
-            resume=resume, grow=grow, peak_flops=card.peak_flops(fitting.step.dtype) if card else None,
-            spilled=spill_check(fitting, live),
-        )  # fmt: skip
+        with Tracking(trackers, fitting, on_event) as tracking:
+            result = run_training(
+                fitting, found, out, device=torch_device(fitting.step.device, "step.device"), on_event=tracking,
+                resume=resume, grow=grow, peak_flops=card.peak_flops(fitting.step.dtype) if card else None,
+                spilled=spill_check(fitting, live),
+            )  # fmt: skip
     if result.interrupted and result.signal_number is not None:
         raise SystemExit(128 + result.signal_number)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ..errors import command
@@ -13,17 +14,22 @@ from ..planner.plan import FAR_FROM_TARGET
 from ..runconfig import RunConfig
 from ..trainer import events
 from ..units import count, duration, gib
-from .console import PatientConsole
+from .console import PatientConsole, printable
 
 
 class TrainingView:
     """Callable for ``on_event``. On a terminal a bar runs below the lines; elsewhere only lines are printed.
 
-    When the terminal or the reader of the output goes away, it falls silent and the run goes on.
+    When the terminal or the reader of the output goes away, it falls silent and the run goes on. ``card_bytes`` is what
+    the card has, for a run whose plan does not say how much it may take.
     """
 
-    def __init__(self, config: RunConfig, *, quiet: bool = False, to_stderr: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, *, quiet: bool = False, to_stderr: bool = False, card_bytes: int | None = None
+    ) -> None:
         self.config, self.quiet = config, quiet
+        self.most_bytes = config.plan.budget_bytes or config.plan.total_bytes or card_bytes
+        self._since: tuple[int, float] | None = None
         self.out = PatientConsole(stderr=to_stderr)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -53,11 +59,11 @@ class TrainingView:
     def _warn(self, text: str, indent: str = "") -> None:
         (self._bar.console if self._bar else self.out).print(Text.assemble(indent, ("warning", "yellow"), f": {text}"))
 
-    def _open(self, total: float, text: str) -> None:
+    def _open(self, total: float, text: str, *columns: ProgressColumn) -> None:
         self._close()
         if self.out.is_terminal and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self.out)
+            first = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            self._bar = Progress(*first, *columns, TextColumn("{task.fields[info]}"), console=self.out)
             self._bar.start()
             self._task = self._bar.add_task(text, total=total, info="")
 
@@ -76,7 +82,7 @@ class TrainingView:
         why = f" ({e.reason})" if e.reason else ""
         self._say(f"Tokenising {e.files} file(s), {e.rows:,} documents, {gib(e.size_bytes)}, into {e.directory}{why}")
         self._say(f"  tokenizer: {e.tokenizer_source}")
-        self._open(e.rows, "tokens")
+        self._open(e.rows, "tokens", TimeRemainingColumn())
 
     def _on_PreparationWaiting(self, e: events.PreparationWaiting) -> None:  # noqa: N802
         self._say(f"Waiting: another process is writing {e.directory}", always=True)
@@ -125,16 +131,42 @@ class TrainingView:
     def _on_StepLogged(self, e: events.StepLogged) -> None:  # noqa: N802
         rate = f"{e.tokens_per_second:,.0f} tokens/s" if e.tokens_per_second else "warming up"
         used = f"MFU {e.mfu:.1%}" if e.mfu is not None else "MFU n/a"
-        memory = ""
-        if e.peak_allocated_bytes is not None:
-            planned = self.config.plan.peak_allocated_bytes
-            memory = f"  {gib(e.peak_allocated_bytes)}" + (f" of {gib(planned)} planned" if planned else "")
-        info = f"loss {e.loss:.4f}  {rate}  {used}{memory}"
-        self._advance(e.step, info)
+        rest = "".join(f"  {words}" for words in (rate, used, self._memory(e), self._time_left(e)) if words)
+        self._advance(e.step, f"loss {e.loss:.4f}{rest}")
         self._say(
             f"step {e.step:>6,}/{e.total_steps:,}  loss {e.loss:.4f}  lr {e.learning_rate:.2e}  "
-            f"grad norm {e.grad_norm:.2f}  {rate}  {used}{memory}"
+            f"grad norm {e.grad_norm:.2f}{rest}"
         )
+
+    def _memory(self, e: events.StepLogged) -> str:
+        """What the process has reserved of what it may take, and how often the allocator had to give back and retry."""
+        if e.peak_reserved_bytes is None:
+            return ""
+        most = f" of {gib(self.most_bytes)}" if self.most_bytes else ""
+        retries = f" ({e.alloc_retries:,} allocator retries)" if e.alloc_retries else ""
+        return f"memory {gib(e.peak_reserved_bytes)}{most}{retries}"
+
+    def _time_left(self, e: events.StepLogged) -> str:
+        """At the pace of this session, with evaluating and saving; nothing for its first line, which has no pace."""
+        now = time.monotonic()
+        first_step, start = self._since = self._since or (e.step, now)
+        if e.step == first_step:
+            return ""
+        left = (e.total_steps - e.step) * (now - start) / (e.step - first_step)
+        hours = self.config.train.max_hours
+        if hours is not None and hours * 3600 - e.run_seconds < left:
+            return f"{duration(max(0.0, hours * 3600 - e.run_seconds))} left of {hours:g} h"
+        return f"{duration(left)} left"
+
+    def _on_SpikeSeen(self, e: events.SpikeSeen) -> None:  # noqa: N802
+        what = "the loss" if e.what == "loss" else "the gradient norm"
+        self._warn(f"step {e.step:,}: {what} is {e.value:.4g}, {e.times:.3g} times its usual {e.usual:.4g}")
+
+    def _on_TrackingStarted(self, e: events.TrackingStarted) -> None:  # noqa: N802
+        self._say(f"Curves in {e.tracker}: {e.where}")
+
+    def _on_TrackingStopped(self, e: events.TrackingStopped) -> None:  # noqa: N802
+        self._warn(f"{e.tracker} is switched off: {printable(e.reason)}. metrics.jsonl has every line.")
 
     def _on_GuardEvent(self, e: events.GuardEvent) -> None:  # noqa: N802
         if isinstance(e, events.CompileSwitched):
@@ -163,10 +195,23 @@ class TrainingView:
         )
         self._say(f"Resume with: {command(*e.resume_command)}", always=True)
 
-    def _on_AlreadyFinished(self, e: events.AlreadyFinished) -> None:  # noqa: N802
+    def _on_HoursUsed(self, e: events.HoursUsed) -> None:  # noqa: N802
+        self._close()
+        loss = f", validation loss {e.val_loss:.4f}" if e.val_loss is not None else ""
         self._say(
-            f"{e.run_dir} is already finished: {e.step:,} steps. Raise --max-steps in a new run to go on.", always=True
+            f"The {e.max_hours:g} h of --max-hours are over after step {e.step:,} of {e.total_steps:,}{loss}; saved "
+            f"{e.checkpoint}.",
+            always=True,
         )
+        self._say(f"Go on with: {command(*e.resume_command)}", always=True)
+
+    def _on_AlreadyFinished(self, e: events.AlreadyFinished) -> None:  # noqa: N802
+        self._say(f"{e.run_dir} is already finished: {e.step:,} steps.", always=True)
+        if self.config.train.schedule == "constant":
+            longer = command("vramplan", "train", "--resume", e.run_dir, "--max-steps", 2 * e.step)
+            self._say(f"Go on with: {longer}", always=True)
+        else:
+            self._say("Its learning rate has come down: a longer run is a new one, with more --max-steps.", always=True)
 
     def _on_Finished(self, e: events.Finished) -> None:  # noqa: N802
         self._close()
