@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from vramplan.errors import VramplanError
+from vramplan.errors import DataError, VramplanError
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.runconfig import RunConfig
 from vramplan.trainer import loop as module
-from vramplan.trainer.checkpoint import CheckpointFolder
+from vramplan.trainer.checkpoint import CheckpointFolder, step_of
 from vramplan.trainer.events import CompileFellBack, CompileSwitched, MicroBatchReduced, Resumed, RunStarted
 from vramplan.trainer.loop import train
 from vramplan.trainer.metrics import read_metrics
 from vramplan.trainer.rundir import RunDirectory
+from vramplan.trainer.sample import find_checkpoint
 from vramplan.trainer.split import Split
 from vramplan.trainer.step import TrainStep
 
@@ -374,3 +375,23 @@ def test_a_real_lack_of_memory_in_mid_run(make_shards, learnable_tokens, tmp_pat
     assert "allocate memory" in reduced["limited"][0][3]
     for name, tensor in weights(tmp_path / "free").items():
         torch.testing.assert_close(weights(tmp_path / "limited")[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_checkpoint_is_kept_and_found(shards, tmp_path, monkeypatch):
+    """The validation losses are made up: the second is the lowest."""
+    made_up = iter([5.0, 4.0, 2.0, 3.0, 3.5])
+    monkeypatch.setattr(TrainStep, "evaluate", lambda self, batches: next(made_up))
+    cfg = config(eval_interval=2, checkpoint_interval=2, keep_checkpoints=1)
+    run(shards, tmp_path / "run", cfg)
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.best_saved() == (2.0, 4)
+    assert [step_of(path) for path in CheckpointFolder(directory.checkpoints).paths()] == [8, 4]
+    assert find_checkpoint(tmp_path / "run", best=True)[1].step == 4
+    assert find_checkpoint(tmp_path / "run")[1].step == 8
+
+
+def test_without_an_evaluation_no_checkpoint_is_called_the_best(shards, tmp_path):
+    run(shards, tmp_path / "run", config(max_steps=2))
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match="none is known to be the best"):
+        find_checkpoint(tmp_path / "run", best=True)

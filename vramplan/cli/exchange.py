@@ -19,8 +19,9 @@ FORMATS = ("hf", "nanogpt", "safetensors")
 @click.argument("run", type=FilePath())
 @click.option("--format", "form", type=click.Choice(FORMATS), required=True)
 @click.option("--out", type=FilePath(), required=True, help="A new file; for hf a new directory.")
-def export(run: Path, form: str, out: Path) -> None:
-    """Write the newest checkpoint of a run as other programs read it.
+@click.option("--best", is_flag=True, help="The checkpoint with the lowest validation loss, not the newest.")
+def export(run: Path, form: str, out: Path, best: bool) -> None:
+    """Write a checkpoint of a run, the newest, as other programs read it.
 
     \b
     hf           a directory for transformers' GPT2LMHeadModel; GPT-2's layout only
@@ -31,7 +32,7 @@ def export(run: Path, form: str, out: Path) -> None:
     from ..report.console import printable
     from ..trainer.export import export as write
 
-    done = write(run, form, out)
+    done = write(run, form, out, best=best)
     what = f"step {done.step:,}, {count(done.parameters)} parameters, {gib(done.size_bytes)}"
     click.echo(f"Wrote {out}: {done.checkpoint.name}, {what}.")
     for note in done.notes:

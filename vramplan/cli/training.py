@@ -234,8 +234,9 @@ def free_memory(config: RunConfig) -> tuple[int | None, str]:
 @click.option(
     "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Texts; each has the next seed."
 )
+@click.option("--best", is_flag=True, help="Use the checkpoint with the lowest validation loss, not the newest.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def sample(run: Path, prompt: str, device: str, **options: Any) -> None:
+def sample(run: Path, prompt: str, best: bool, device: str, **options: Any) -> None:
     """Write text with the newest checkpoint of a run. The same seed writes the same text."""
     refused().finish()
     import torch
@@ -245,7 +246,8 @@ def sample(run: Path, prompt: str, device: str, **options: Any) -> None:
 
     kind: Any = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     how = Sampling(**options)
-    for number, pieces in enumerate(stream(run, prompt, how, device=torch_device(kind, "--device"))):
+    texts = stream(run, prompt, how, device=torch_device(kind, "--device"), best=best)
+    for number, pieces in enumerate(texts):
         if how.num_samples > 1:
             click.echo(f"--- {number + 1} of {how.num_samples}, seed {how.seed + number} ---")
         click.echo(prompt, nl=False)

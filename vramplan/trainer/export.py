@@ -50,8 +50,8 @@ class _Content:
     notes: tuple[str, ...] = ()
 
 
-def export(run_dir: str | Path, form: str, out: Path) -> Exported:
-    """Write the newest good checkpoint of a run to ``out``, a new file, or for ``hf`` a new directory.
+def export(run_dir: str | Path, form: str, out: Path, *, best: bool = False) -> Exported:
+    """Write the newest good checkpoint of a run, or the ``best``, to ``out``, a new file, or for ``hf`` a new directory.
 
     ``form`` is one of FORMATS. The file appears under its name once it is complete and on the disk. Raises ConfigError
     naming everything about the model that the format cannot hold, or when ``out`` exists or cannot be written;
@@ -59,7 +59,9 @@ def export(run_dir: str | Path, form: str, out: Path) -> Exported:
     """
     _check_free(out)
     notes: list[str] = []
-    path, checkpoint = find_checkpoint(run_dir, lambda damaged, why: notes.append(f"{damaged.name} {why}: passed over"))
+    path, checkpoint = find_checkpoint(
+        run_dir, lambda damaged, why: notes.append(f"{damaged.name} {why}: passed over"), best=best
+    )
     if not all(bool(t.sum(dtype=torch.float32).isfinite()) for t in checkpoint.model.values()):
         rule = "holds weights that are not numbers: the run had diverged"
         raise DataError(Problem("checkpoint", str(path), rule, "start a new run with a lower learning_rate"))

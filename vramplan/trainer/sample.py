@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, Problem
 from ..runconfig import RunConfig
 from .cache import KVCache
-from .checkpoint import Checkpoint, CheckpointFolder, OnSkip, all_finite, fitting
+from .checkpoint import Checkpoint, CheckpointFolder, OnSkip, all_finite, fitting, load, step_of
 from .model import GPT
 from .rundir import RunDirectory
 from .tokenizer import Tokenizer, load_tokenizer
@@ -64,24 +64,34 @@ class Sampling:
             raise ConfigError(problems)
 
 
-def find_checkpoint(run_dir: str | Path, on_skip: OnSkip = lambda path, why: None) -> tuple[Path, Checkpoint]:
+def find_checkpoint(
+    run_dir: str | Path, on_skip: OnSkip = lambda path, why: None, *, best: bool = False
+) -> tuple[Path, Checkpoint]:
     """The newest good checkpoint of a run, and its path; ``on_skip`` hears of damaged ones that are newer.
 
-    Raises DataError when there is none.
+    ``best``: the one with the lowest validation loss instead. Raises DataError when there is none.
     """
-    found = CheckpointFolder(RunDirectory(run_dir).checkpoints).newest(on_skip)
+    run = RunDirectory(run_dir)
+    folder = CheckpointFolder(run.checkpoints)
+    if best and (known := run.best_saved()):
+        path = next(p for p in folder.paths() if step_of(p) == known[1])
+        return path, load(path)
+    if best and folder.paths():
+        rule = "has no checkpoint that was evaluated, so that none is known to be the best"
+        raise DataError(Problem("--best", str(run_dir), rule, "leave --best out: the newest is taken"))
+    found = folder.newest(on_skip)
     if found is None:
         raise DataError(Problem("run_dir", str(run_dir), "holds no checkpoint", "name the directory of a training run"))
     return found
 
 
-def load_model(run_dir: str | Path, device: torch.device) -> tuple[GPT, RunConfig, int]:
-    """The model of the newest good checkpoint, its configuration, and after how many steps it was saved.
+def load_model(run_dir: str | Path, device: torch.device, *, best: bool = False) -> tuple[GPT, RunConfig, int]:
+    """The model of the newest good checkpoint, or the best, its configuration, and after how many steps it was saved.
 
     On a CPU it computes in float32 whatever it was trained in: half precision is slower there. Raises DataError when
     the directory holds no usable checkpoint.
     """
-    path, checkpoint = find_checkpoint(run_dir)
+    path, checkpoint = find_checkpoint(run_dir, best=best)
     config = checkpoint.config
     step = replace(config.step_config, compile=False, checkpointing="none")
     if device.type == "cpu":
@@ -105,17 +115,18 @@ def sample(
 
 def stream(
     run_dir: str | Path, prompt: str, how: Sampling, *, device: torch.device | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None, best: bool = False,
 ) -> Iterator[Iterator[str]]:  # fmt: skip
     """``how.num_samples`` continuations of ``prompt``, each yielded in whole characters as it is generated.
 
-    The prompt is put at the beginning of a document. Raises ConfigError for settings out of range, DataError without a
+    The prompt is put at the beginning of a document. ``best``: by the checkpoint with the lowest validation loss, not by
+    the newest. Raises ConfigError for settings out of range, DataError without a
     usable checkpoint or for one of another vocabulary.
     """
     how.check()
     device = device or torch.device("cpu")
     tokenizer = tokenizer or load_tokenizer()
-    model, config, _ = load_model(run_dir, device)
+    model, config, _ = load_model(run_dir, device, best=best)
     if config.model.vocab_size < tokenizer.n_vocab:
         rule = f"is smaller than GPT-2's {tokenizer.n_vocab} tokens: this model has another tokenizer's"
         raise DataError(Problem("model.vocab_size", config.model.vocab_size, rule))
