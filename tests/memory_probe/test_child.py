@@ -138,7 +138,8 @@ def test_it_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     pid, folder = note.read_text().split()
-    assert not gone(int(pid)) and Path(folder).is_dir()
+    assert not gone(int(pid))
+    assert Path(folder).is_dir()
     parent.kill()
     parent.wait()
     while not gone(int(pid)) and time.monotonic() < deadline:

@@ -20,6 +20,7 @@ from vramplan.runconfig import RunConfig
 from vramplan.trainer import loop as module
 from vramplan.trainer.checkpoint import CheckpointFolder, step_of
 from vramplan.trainer.events import CompileFellBack, CompileSwitched, MicroBatchReduced, Resumed, RunStarted
+from vramplan.trainer.guard import Guard
 from vramplan.trainer.loop import train
 from vramplan.trainer.metrics import read_metrics
 from vramplan.trainer.rundir import RunDirectory
@@ -395,3 +396,27 @@ def test_without_an_evaluation_no_checkpoint_is_called_the_best(shards, tmp_path
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="none is known to be the best"):
         find_checkpoint(tmp_path / "run", best=True)
+
+
+def test_spilled_memory_divides_later_steps_but_not_while_a_session_warms_up(monkeypatch):
+    step = StepConfig(batch_size=4, dtype="float32", device="cpu")
+    model = module.GPT(SHAPE, step)
+    optimizer = module.build_optimizer(model, step, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    trainer = TrainStep(model, optimizer, step, grad_clip=1.0, device=CPU)
+    asked, events = [], []
+
+    def spilled(*, reserved_bytes, tokens_per_second):
+        asked.append((reserved_bytes, tokens_per_second))
+        return "the card is full" if len(asked) == 2 else ""
+
+    guard = Guard(SHAPE, trainer, CPU, events.append, spilled=spilled)
+    guard.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for number in range(1, 8):
+        guard.after_step(number, 1000, 0.5)
+    (event,) = events
+    assert (event.step, event.outcome, event.batch_size, event.grad_accum) == (4, "spilled", 2, 2)
+    assert asked == [(7, 2000.0)] * 3, "steps 3 and 4, and 7 after two of the new size"
+    assert (trainer.step.batch_size, trainer.step.grad_accum) == (2, 2)

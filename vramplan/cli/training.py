@@ -41,6 +41,7 @@ from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
     metavar="tensorboard|wandb[:PROJECT]|trackio[:PROJECT]|none",
     help="Show the curves there too; can be given several times. A resumed run goes on with its own.",
 )
+@click.option("--tensorboard", is_flag=True, help="The same as --track tensorboard.")
 @click.option(
     "--compile",
     "compilation",
@@ -52,8 +53,8 @@ from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
 @click.option("--quiet", is_flag=True, help="Print only problems and the end.")
 def train(
     config: Path | None, data: str | None, out: Path | None, resume: bool, replan: bool, shards: Path | None,
-    max_steps: int | None, max_hours: float | None, track: tuple[str, ...], compilation: str | None, no_guard: bool,
-    grow: bool, quiet: bool,
+    max_steps: int | None, max_hours: float | None, track: tuple[str, ...], tensorboard: bool, compilation: str | None,
+    no_guard: bool, grow: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train from Parquet files: tokenise once, train, evaluate, save; Ctrl-C saves and says how to resume.
 
@@ -81,6 +82,7 @@ def train(
             with collect:
                 find_sources(data, loaded.data.text_column if loaded else DataSection().text_column)
         raise collect.error()
+    track += ("tensorboard",) if tensorboard and "tensorboard" not in track else ()
     tracked = () if track == ("none",) else track or None
     loaded = _with_training(loaded, max_steps=max_steps, max_hours=max_hours, track=tracked)
     if grow and not resume:

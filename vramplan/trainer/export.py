@@ -51,7 +51,7 @@ class _Content:
 
 
 def export(run_dir: str | Path, form: str, out: Path, *, best: bool = False) -> Exported:
-    """Write the newest good checkpoint of a run, or the ``best``, to ``out``, a new file, or for ``hf`` a new directory.
+    """Write the newest good checkpoint of a run, or the ``best``, to ``out``: a new file, for ``hf`` a new directory.
 
     ``form`` is one of FORMATS. The file appears under its name once it is complete and on the disk. Raises ConfigError
     naming everything about the model that the format cannot hold, or when ``out`` exists or cannot be written;

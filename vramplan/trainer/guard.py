@@ -61,10 +61,11 @@ class Guard:
         self.enabled, self.spilled = enabled, spilled
         self.whole = self.split = Split(int(train_step.step.batch_size), int(train_step.step.grad_accum))
         self._on_trial = False
+        self._settled = 0
 
     def use(self, split: Split) -> None:
         """Divide steps like this from here on."""
-        self.split = split
+        self.split, self._settled = split, 0
         self.train_step.resplit(split.batch_size, split.grad_accum)
 
     def protect(self, step: int, doing: str, attempt: Callable[[], T], undo: Callable[[], None]) -> T:
@@ -90,13 +91,19 @@ class Guard:
             else:
                 self._reduce(step, reason, doing)
         if self._on_trial and doing == TRAINING:
-            self._on_trial = False
+            self._on_trial, self._settled = False, 0
             self.emit(CompileSwitched(step=step))
         return result
 
     def after_step(self, step: int, tokens: int, seconds: float) -> None:
-        """Look for memory that went to the host without an exception; then later steps are divided further."""
-        if self.spilled is None or not self.enabled or self.device.type != "cuda" or not self._candidates():
+        """Look for memory that went to the host without an exception; then later steps are divided further.
+
+        The first steps of a session, and after each change, are slow for other reasons.
+        """
+        self._settled += 1
+        if self.spilled is None or not self.enabled or self.device.type != "cuda":
+            return
+        if self._settled <= WARM_UP or not self._candidates():
             return
         reserved = torch.cuda.memory_reserved(self.device)
         reason = self.spilled(reserved_bytes=reserved, tokens_per_second=tokens / seconds)
@@ -177,6 +184,8 @@ class Guard:
                 torch.cuda.empty_cache()
 
 
+WARM_UP = 2
+"""Steps that compile, tune kernels and fill caches."""
 TRAINING = "training step"
 EVALUATION = "evaluation"
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, Problem, VramplanError
-from ..planner.memory import estimate
 from ..runconfig import RunConfig
 from .checkpoint import (
     Checkpoint,
@@ -31,7 +29,6 @@ from .endings import explained, saved
 from .events import (
     AlreadyFinished,
     CheckpointSaved,
-    CheckpointSkipped,
     Finished,
     GuardEvent,
     HoursUsed,
@@ -39,35 +36,21 @@ from .events import (
     MicroBatchReduced,
     OnEvent,
     Resumed,
-    RunStarted,
     StopRequested,
     ignore,
 )
 from .guard import EVALUATION, TRAINING, Guard, SpillCheck
 from .interrupt import StopSignal
 from .model import GPT
+from .opening import opening
 from .optimizer import build_optimizer
-from .recorder import Recorder, last_evaluation
+from .recorder import Recorder
 from .rehearsal import rehearse
-from .rundir import RunDirectory, config_differences, describe_session, device_name, session_notes
+from .resuming import TrainResult, finished_before, newest_of_run
+from .rundir import RunDirectory, describe_session, session_notes
 from .schedule import schedule_of
 from .shards import ShardSet
 from .step import StepResult, TrainStep
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """How :func:`train` ended. ``signal_number`` is set when ``interrupted``; exit codes are 128 + that number."""
-
-    run_dir: Path
-    step: int
-    total_steps: int
-    tokens_seen: int
-    last_loss: float | None
-    best_val_loss: float | None
-    interrupted: bool = False
-    signal_number: int | None = None
-    already_finished: bool = False
 
 
 class _StopEvaluation(Exception):  # noqa: N818 - control flow, never seen outside this module
@@ -108,8 +91,8 @@ def train(
     run = RunDirectory(run_dir)
     folder = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints)
     with explained(run, folder, config), StopSignal() as stop, run.claimed(config, resume=resume):
-        found = _newest(folder, config, on_event)
-        finished = _finished(config, run, found[1]) if found else None
+        found = newest_of_run(folder, config, on_event)
+        finished = finished_before(config, run, found[1]) if found else None
         if finished:
             on_event(AlreadyFinished(run_dir=run.path, step=finished.step, best_val_loss=finished.best_val_loss))
             return finished
@@ -118,37 +101,6 @@ def train(
             trainer.restore(found, grow=grow)
         del found  # three times the weights: not to be kept through the run
         return trainer.run()
-
-
-def _newest(folder: CheckpointFolder, config: RunConfig, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
-    """The newest good checkpoint of this configuration; damaged ones are set aside. Raises DataError for another's."""
-
-    def skip(path: Path, reason: str) -> None:
-        truly = reason.startswith(("is damaged", "was renamed"))  # not what another version or another day may read
-        on_event(CheckpointSkipped(path=folder.set_aside(path) if truly else path, reason=reason))
-
-    found = folder.newest(skip)
-    if found is not None:
-        problems = config_differences(found[1].config, config, found[1].step)
-        if problems:
-            raise DataError(problems, source=f"the configuration is not the one that {found[0]} was trained with")
-    return found
-
-
-def _finished(config: RunConfig, run: RunDirectory, checkpoint: Checkpoint) -> TrainResult | None:
-    """The result of a run that has nothing left to do: its last step is saved and evaluated."""
-    evaluation = last_evaluation(run.metrics)
-    if checkpoint.step < config.total_steps or not evaluation or evaluation["step"] < config.total_steps:
-        return None
-    return TrainResult(
-        run_dir=run.path,
-        step=checkpoint.step,
-        total_steps=config.total_steps,
-        tokens_seen=checkpoint.tokens_seen,
-        last_loss=evaluation["train_loss"],
-        best_val_loss=evaluation["best_val_loss"],
-        already_finished=True,
-    )
 
 
 class _Trainer:
@@ -182,9 +134,7 @@ class _Trainer:
             betas=(t.beta1, t.beta2),
         )
         self.train_step = TrainStep(self.model, self.optimizer, step, grad_clip=t.grad_clip, device=device)
-        self.guard = Guard(
-            config.shape, self.train_step, device, self._guarded, enabled=t.guard, spilled=spilled
-        )  # fmt: skip
+        self.guard = Guard(config.shape, self.train_step, device, self._guarded, enabled=t.guard, spilled=spilled)
         self.compile_at = t.compile_after
         self.best_saved: tuple[float, int] | None = None
         self.recorder = Recorder(config, run.metrics, device, peak_flops, on_event)
@@ -223,9 +173,23 @@ class _Trainer:
         if self.saved_step is None:
             rehearse(self.train_step, self.folder)
         session = describe_session(self.config, self.device, self.shards, self.step, self.evaluation.blocks)
-        notes = [*self._notes(), *session_notes(self.dir.sessions(), session)]
+        notes = session_notes(self.dir.sessions(), session)
         self.dir.add_session(session)
-        self.emit(self._run_started(notes))
+        self.emit(
+            opening(
+                self.config,
+                self.shards,
+                self.stream,
+                self.guard.split,
+                run_dir=self.dir.path,
+                device=self.device,
+                start_step=self.step,
+                evaluation_blocks=self.evaluation.blocks,
+                parameters=self.model.parameter_count(),
+                peak_flops=self.peak_flops,
+                notes=notes,
+            )
+        )
         start = time.perf_counter()
         with self.recorder:
             try:
@@ -414,45 +378,3 @@ class _Trainer:
             interrupted=interrupted,
             signal_number=signal_number,
         )
-
-    def _run_started(self, notes: list[str]) -> RunStarted:
-        c = self.config
-        budget = self.total_steps * c.tokens_per_step
-        return RunStarted(
-            run_dir=self.dir.path,
-            device=device_name(self.device),
-            parameters=self.model.parameter_count(),
-            batch_size=self.guard.split.batch_size,
-            grad_accum=self.guard.split.grad_accum,
-            block_size=c.model.block_size,
-            tokens_per_step=c.tokens_per_step,
-            start_step=self.step,
-            total_steps=self.total_steps,
-            token_budget=budget,
-            unique_tokens=self.stream.unique_tokens,
-            blocks_per_epoch=self.stream.blocks_per_epoch,
-            epochs=budget / self.stream.unique_tokens,
-            val_tokens=self.shards.val_tokens,
-            evaluation_blocks=self.evaluation.blocks,
-            first_loss_expected=math.log(c.model.vocab_size),
-            flops_per_token=c.shape.flops_per_token,
-            peak_flops=self.peak_flops,
-            notes=tuple(notes),
-        )
-
-    def _notes(self) -> list[str]:
-        notes, t = [], self.config.train
-        if t.warmup_steps >= self.total_steps:
-            notes.append(
-                f"warmup_steps={t.warmup_steps} is not shorter than the run of {self.total_steps} steps: "
-                "the learning rate only rises"
-            )
-        if not self.shards.held_out(self.config.model.block_size):
-            notes.append("the validation split is shorter than a block: the end of the training text is used instead")
-        notes += estimate(self.config.shape, self.config.step_config).caveats
-        if self.guard.split.batch_size != self.config.step.batch_size:
-            before = f"{self.config.step.batch_size} x {self.config.step.grad_accum}"
-            notes.append(f"memory has reduced {before} micro-batches to those above; --resume --grow goes back")
-        if self.config.step.device != self.device.type:
-            notes.append(f"the configuration was made for {self.config.step.device}, this run is on {self.device.type}")
-        return notes

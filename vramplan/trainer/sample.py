@@ -119,9 +119,9 @@ def stream(
 ) -> Iterator[Iterator[str]]:  # fmt: skip
     """``how.num_samples`` continuations of ``prompt``, each yielded in whole characters as it is generated.
 
-    The prompt is put at the beginning of a document. ``best``: by the checkpoint with the lowest validation loss, not by
-    the newest. Raises ConfigError for settings out of range, DataError without a
-    usable checkpoint or for one of another vocabulary.
+    The prompt is put at the beginning of a document. ``best``: by the checkpoint with the lowest validation loss, not
+    by the newest. Raises ConfigError for settings out of range, DataError without a usable checkpoint or for one of
+    another vocabulary.
     """
     how.check()
     device = device or torch.device("cpu")
