@@ -4,9 +4,9 @@
 
 Candidates: torch's own ``F.linear_cross_entropy`` with chunks (torch 2.13 and later) and Liger's kernel (a CUDA device
 and the package ``liger-kernel``). A candidate would be taken if it were equal (loss within 1e-5, gradients within 1e-4
-of the full loss in float32; the reported bfloat16 loss within 1e-4 of the float32 one) and clearly smaller or faster. What
-is absent is said to be absent. Ours is always there, also compiled and before torch 2.13. Times are ratios of interleaved pairs in one process; memory is what torch's allocator
-events say of one forward and backward.
+of the full loss in float32; the reported bfloat16 loss within 1e-4 of the float32 one) and clearly smaller or faster.
+What is absent is said to be absent. Ours is always there, also compiled and before torch 2.13. Times are ratios of
+interleaved pairs in one process; memory is what torch's allocator events say of one forward and backward.
 """
 
 from __future__ import annotations

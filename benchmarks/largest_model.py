@@ -36,7 +36,7 @@ from vramplan.errors import ConfigError
 from vramplan.files import write_text
 from vramplan.planner.candidates import conventional
 from vramplan.planner.gpu import find_gpu
-from vramplan.planner.memory import Estimate, estimate, peak_allocated
+from vramplan.planner.memory import Estimate, estimate, host_bytes, peak_allocated
 from vramplan.planner.risk import needed_for, risk_of
 from vramplan.planner.shape import Shape
 from vramplan.planner.speed import seconds_to_tokens, tokens_per_second
@@ -55,7 +55,7 @@ SHIPPED_BATCH, SHIPPED_ACCUM = 12, 40
 """nanoGPT's train.py as it stands: 491,520 tokens a step."""
 
 STATES = {
-    "adamw8bit": "2 x 8-bit", "adamw-offload": "host", "adamw-stochastic": "2 x bfloat16",
+    "adamw8bit": "2 x 8-bit", "adamw-offload": "none: on the host", "adamw-stochastic": "2 x bfloat16",
     "muon": "1 x float32 (AdamW's 2 outside the blocks)",
 }  # fmt: skip
 """What an optimizer keeps on the card, where it is not two float32 moments."""
@@ -93,6 +93,7 @@ class Row:
             "grad_accum": step.grad_accum, "loss_chunk_tokens": step.loss_chunk_tokens,
             "peak_allocated_bytes": self.fit.peak_allocated_bytes,
             "peak_reserved_bytes": self.fit.peak_reserved_bytes, "process_bytes": self.fit.process_bytes,
+            "host_bytes": int(host_bytes(self.fit.shape, self.mode)),
             "oom_risk": round(risk_of(self.fit, GPU.usable_bytes).probability, 6),
             "tokens_per_second": round(rate, 1),
             "days": round(float(seconds_to_tokens(TOKENS_PER_PARAMETER * self.parameters, rate)) / DAY, 1),
@@ -193,7 +194,7 @@ figure. Written by `python benchmarks/largest_model.py`, which says what counts 
 
 HEAD = (
     "| dtype or script | weights | gradients | states on the card | optimizer | loss | checkpointing | mode "
-    "| largest model | parameters | by allocated | batch x accumulation | reserved | tokens/s "
+    "| largest model | parameters | by allocated | batch x accumulation | reserved | host | tokens/s "
     "| days for 20 tokens/parameter |"
 )
 
@@ -210,12 +211,14 @@ def line(row: Row) -> str:
     start = [kind, *words.values(), mode.optimizer, mode.loss, mode.checkpointing]
     start.append("compiled" if mode.compile else "eager")
     if full is None:
-        return f"| {' | '.join(start)} | nothing fits | | {billions(row.largest_by_allocated)} | | | | |"
+        return f"| {' | '.join(start)} | nothing fits | | {billions(row.largest_by_allocated)} | | | | | |"
     found = row.as_dict()
     end = [
         full.shape.label, billions(row.parameters), billions(row.largest_by_allocated),
         f"{full.step.batch_size} x {full.step.grad_accum}",
-        f"{full.peak_reserved_bytes / GIB:.2f} GiB", f"{found['tokens_per_second']:,.0f}", f"{found['days']:,.0f}",
+        f"{full.peak_reserved_bytes / GIB:.2f} GiB",
+        f"{found['host_bytes'] / GIB:.0f} GiB" if found["host_bytes"] else "",
+        f"{found['tokens_per_second']:,.0f}", f"{found['days']:,.0f}",
     ]  # fmt: skip
     return f"| {' | '.join([*start, *end])} |"
 
@@ -259,7 +262,10 @@ def page(rows: list[Row], scripts: list[Row], n_shapes: int) -> str:
         introduction, "## The best with each optimizer, and nanoGPT", "", table(short), "",
         "*By allocated* is the largest model whose allocated bytes are at most 11.2 GiB: no allocator could do better.",
         "float16 needs as much as bfloat16, TF32 as much as float32. `adamw-in-backward` is missing: where each",
-        "gradient is used up in the backward, nothing can be accumulated or clipped by a global norm.", "",
+        "gradient is used up in the backward, nothing can be accumulated or clipped by a global norm. *Host* is what",
+        "offloaded states take there: a float32 copy of the weights (of bfloat16 ones on the card the master), two",
+        "moments and a gradient. With pure-bfloat16 gradients are summed over the micro-batches in bfloat16, which",
+        "over hundreds of them loses small parts: a smaller model with larger micro-batches trains better.", "",
         "## Every combination in half precision", "", table(sorted(halves, key=lambda row: -row.parameters)), "",
     ])  # fmt: skip
 

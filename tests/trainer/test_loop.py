@@ -596,7 +596,9 @@ def test_the_checkpoint_decides_what_the_run_is_not_an_edited_file(shards, tmp_p
     train(config(), shards, tmp_path / "run", device=CPU, on_event=stop_at(6, []))
     edited = config(learning_rate=0.02)
     edited.save(tmp_path / "run" / "config.toml")
-    with pytest.raises(DataError, match=r"step-000006\.safetensors was trained with: train\.learning_rate=0\.02 is not"):
+    with pytest.raises(
+        DataError, match=r"step-000006\.safetensors was trained with: train\.learning_rate=0\.02 is not"
+    ):
         run(shards, tmp_path / "run", edited, resume=True)
     config().save(tmp_path / "run" / "config.toml")
     assert run(shards, tmp_path / "run", resume=True)[0].step == 12
@@ -679,7 +681,9 @@ def test_a_full_disk_says_what_is_saved(shards, tmp_path, monkeypatch):
 
     append = MetricsLog.append
     monkeypatch.setattr(MetricsLog, "append", full)
-    with pytest.raises(VramplanError, match=r"No space left on device.*step-000004\.safetensors\. Resume with: vramplan train"):
+    with pytest.raises(
+        VramplanError, match=r"No space left on device.*step-000004\.safetensors\. Resume with: vramplan train"
+    ):
         run(shards, tmp_path / "run")
     monkeypatch.undo()
     run(shards, tmp_path / "run", resume=True)
@@ -714,7 +718,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         return original(self, batches, rate)
 
     monkeypatch.setattr(module.TrainStep, "__call__", poison)
-    with pytest.raises(VramplanError, match=r"the loss is nan at step 7 .*last checkpoint is .*step-000004\.safetensors"):
+    with pytest.raises(
+        VramplanError, match=r"the loss is nan at step 7 .*last checkpoint is .*step-000004\.safetensors"
+    ):
         run(shards, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (last["kind"], last["step"]) == ("stopped", 7)
@@ -738,7 +744,9 @@ def test_weights_that_are_not_numbers_are_never_saved(shards, tmp_path, monkeypa
         if isinstance(event, StepLogged) and event.step == 7:
             poisoned.append(True)
 
-    with pytest.raises(VramplanError, match=r"no longer numbers after step 8.*last checkpoint is .*step-000004\.safetensors"):
+    with pytest.raises(
+        VramplanError, match=r"no longer numbers after step 8.*last checkpoint is .*step-000004\.safetensors"
+    ):
         train(config(), shards, tmp_path / "run", device=CPU, on_event=on_event)
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").newest()[1].step == 4
 

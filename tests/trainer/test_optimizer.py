@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ from vramplan.planner.shape import Shape
 from vramplan.planner.step import CONFLICTS, Optimizer, StepConfig, check_step
 from vramplan.runconfig import RunConfig
 from vramplan.trainer.model import GPT
-from vramplan.trainer.optimizer import StochasticAdamW, allocate_states, build_optimizer
+from vramplan.trainer.optimizer import OffloadedAdamW, StochasticAdamW, allocate_states, build_optimizer
 from vramplan.trainer.step import StepResult, TrainStep
+from vramplan.trainer.tensor_file import read_tree, write_tree
 
 SHAPE = Shape(n_layer=2, n_head=2, n_embd=32, vocab_size=97, block_size=16, bias=True)
 STEP = StepConfig(batch_size=4, dtype="float32", device="cpu", loss="full")
 EVERY: tuple[tuple[Optimizer, Any], ...] = (
     ("adamw-fused", "float32"), ("adamw-foreach", "float32"), ("adamw8bit", "float32"), ("muon", "float32"),
     ("adamw-in-backward", "float32"), ("adamw-offload", "float32"), ("adamw-stochastic", "pure-bfloat16"),
+    ("adamw-offload", "pure-bfloat16"),
 )  # fmt: skip
 
 
@@ -81,6 +84,35 @@ def test_where_and_when_adamw_runs_does_not_matter(optimizer: Optimizer) -> None
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     for name, weight in usual.weights().items():
         torch.testing.assert_close(weight, other.weights()[name], msg=name)
+
+
+def test_masters_on_the_host_keep_what_bfloat16_weights_cannot_hold() -> None:
+    """At a rate of 1e-5 an update is far below a bfloat16 weight's last bit; the masters still move as float32 does."""
+    run = Run("adamw-offload", "pure-bfloat16")
+    optimizer = run.optimizer
+    assert isinstance(optimizer, OffloadedAdamW)
+    before = [p.detach().float() for p in optimizer.here]
+    for _ in range(20):
+        run.train(batches(), 1e-5)
+    moved = [float((master - b).abs().max()) for master, b in zip(optimizer.host, before, strict=True)]
+    assert all(m.dtype == torch.float32 for m in optimizer.host)
+    assert max(moved) == pytest.approx(20e-5, rel=0.2)
+    for p, master in zip(optimizer.here, optimizer.host, strict=True):
+        assert torch.equal(p.detach(), master.bfloat16())
+
+
+def test_masters_survive_a_checkpoint(tmp_path: Path) -> None:
+    straight, resumed = (Run("adamw-offload", "pure-bfloat16") for _ in range(2))
+    straight.steps(3)
+    with (tmp_path / "file").open("wb") as f:
+        write_tree(f, {"model": straight.model.state_dict(), "optimizer": straight.optimizer.state_dict()})
+    saved = read_tree(tmp_path / "file")
+    resumed.model.load_state_dict(saved["model"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    for run in (straight, resumed):
+        run.steps(3)
+    for name, weight in straight.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
 
 
 def test_muon_leaves_embeddings_and_vectors_to_adamw() -> None:
@@ -183,6 +215,7 @@ def test_no_states_no_update() -> None:
         ({"optimizer": "adamw-fused", "dtype": "pure-bfloat16"}, "optimizer"),
         ({"optimizer": "adamw-stochastic", "dtype": "bfloat16"}, "optimizer"),
         ({"optimizer": "adamw-offload"}, "optimizer"),
+        ({"dtype": "pure-bfloat16", "optimizer": "adamw-stochastic", "residual": "float32"}, "residual"),
         ({"optimizer": "muon", "workload": "nanogpt"}, "optimizer"),
         ({"dtype": "tf32", "workload": "autocast"}, "dtype"),
     ],
@@ -194,7 +227,7 @@ def test_what_cannot_be_combined_is_said(change: dict[str, Any], field: str) -> 
 
 
 def test_every_conflict_is_tested() -> None:
-    assert len(CONFLICTS) == 6
+    assert len(CONFLICTS) == 7
 
 
 def test_clipping_needs_all_gradients_at_once() -> None:

@@ -109,7 +109,9 @@ def stand_in(shape: Shape, step: StepConfig) -> tuple[Shape, StepConfig]:
         shape, n_layer=min(2, shape.n_layer), n_head=heads, n_embd=16 * heads, n_kv_head=keys,
         vocab_size=min(512, shape.vocab_size), block_size=min(64, shape.block_size),
     )  # fmt: skip
-    optimizer = "adamw-fused" if step.optimizer == "adamw-offload" else step.optimizer
+    optimizer = step.optimizer
+    if optimizer == "adamw-offload":
+        optimizer = "adamw-stochastic" if step.pure else "adamw-fused"
     return small, replace(
         fewer_micro_batches(step), batch_size=min(4, int(step.batch_size)), compile=False, device="cpu",
         loss_chunk_tokens=min(64, int(step.loss_chunk_tokens)), optimizer=optimizer,

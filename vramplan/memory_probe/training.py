@@ -40,9 +40,7 @@ class EvidenceOfTraining:
 
     def measurement(self, event: MicroBatchReduced) -> Measurement:
         """The step before it was divided further: how it ended, under which limit."""
-        step = replace(
-            self.config.step_config, batch_size=event.batch_size_before, grad_accum=event.grad_accum_before
-        )
+        step = replace(self.config.step_config, batch_size=event.batch_size_before, grad_accum=event.grad_accum_before)
         live = self.live if step.device == "cuda" else None
         return Measurement.model_validate(
             identity(self.config.shape, step, live, AllocatorSettings())

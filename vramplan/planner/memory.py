@@ -47,6 +47,14 @@ def context_bytes(gpu: Gpu | None, device: DeviceKind = "cuda") -> int:
     return cuda_context_bytes(gpu.capability, gpu.sms) if gpu.context_bytes is None else gpu.context_bytes
 
 
+def host_bytes(shape: Shape, step: StepConfig) -> Ints:
+    """Host memory that offloaded states take, in bytes; 0 for other optimizers.
+
+    A float32 copy of the weights (the master of narrower ones), two moments, and a gradient during the update.
+    """
+    return 16 * shape.parameters if step.optimizer == "adamw-offload" else 0
+
+
 def first_step_bytes(step: StepConfig, gpu: Gpu | None) -> int:
     """What a compiled run takes for a moment in its first step, while kernels are tuned."""
     if not step.compile or step.device == "cpu":
@@ -217,6 +225,7 @@ class Estimate:
             "peak_phase": self.peak_phase,
             "breakdown": self.breakdown,
             "phase_peaks": self.phase_peaks,
+            "host_bytes": int(host_bytes(self.shape, self.step)),
             "parameters": int(self.shape.parameters),
             "caveats": list(self.caveats),
         }

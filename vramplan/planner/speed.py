@@ -219,7 +219,8 @@ def step_time(shape: Shape, step: StepConfig, gpu: Gpu) -> StepTime:
     if step.optimizer == "muon":
         optimizer = optimizer + _newton_schulz_flops(shape) / products
     if step.optimizer == "adamw-offload":
-        optimizer = optimizer + 8 * shape.parameters / HOST_LINK_BYTES_PER_SECOND
+        there_and_back = 4 if step.pure else 8  # gradients and weights as they are on the device
+        optimizer = optimizer + there_and_back * shape.parameters / HOST_LINK_BYTES_PER_SECOND
         optimizer = optimizer + OPTIMIZER_BYTES["adamw-fused"] * shape.parameters / HOST_MEMORY_BYTES_PER_SECOND
     launches = shape.n_layer * LAUNCHES_PER_BLOCK[step.compile] + LAUNCHES_OUTSIDE
     host = step.grad_accum * (launches * LAUNCH_SECONDS[step.compile] + MICRO_STEP_HOST_SECONDS)

@@ -34,7 +34,8 @@ class StepConfig:
     """One training step. ``batch_size`` and ``grad_accum`` may be numpy arrays; the rest selects a tensor table.
 
     ``dtype`` is that of activations and products; weights and states are float32, except with ``pure-bfloat16``, whose
-    optimizer rounds stochastically. ``tf32`` is float32 with products on tensor cores.
+    optimizer rounds stochastically or has float32 masters on the host. ``tf32`` is float32 with products on tensor
+    cores.
 
     ``residual`` is the dtype of the residual stream: that of the activations, or float32, in which norms are then
     computed too.
@@ -116,8 +117,10 @@ CONFLICTS = (
         "would be normalised by weights in bfloat16", "use residual=compute, or dtype=bfloat16",
     ),
     Conflict(
-        "optimizer", lambda s: s.dtype == "pure-bfloat16" and s.optimizer != "adamw-stochastic",
-        "would lose small updates of weights in pure-bfloat16", "use adamw-stochastic",
+        "optimizer",
+        lambda s: s.dtype == "pure-bfloat16" and s.optimizer not in ("adamw-stochastic", "adamw-offload"),
+        "would lose small updates of weights in pure-bfloat16",
+        "use adamw-stochastic, or adamw-offload, which has float32 masters on the host",
     ),
     Conflict(
         "optimizer", lambda s: s.dtype != "pure-bfloat16" and s.optimizer == "adamw-stochastic",

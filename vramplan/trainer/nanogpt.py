@@ -86,7 +86,7 @@ def _plain_adamw(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | 
     """
     saved = checkpoint.optimizer
     if config.step.optimizer in ("adamw-fused", "adamw-foreach", "adamw-offload"):
-        return saved
+        return {name: saved[name] for name in ("state", "param_groups")}
     if config.step.optimizer != "adamw-in-backward":
         return None
     ends = [0, *(len(group) for group in _grouped(gpt2_names(config.shape), checkpoint.model))]

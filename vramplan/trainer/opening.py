@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..planner.memory import estimate
+from ..device import host_memory
+from ..errors import VramplanError
+from ..planner.memory import estimate, host_bytes
 from ..runconfig import RunConfig
+from ..units import gib
 from .events import RunStarted
 from .rundir import device_name
 from .shards import ShardSet
@@ -56,6 +59,18 @@ def opening(
     )
 
 
+def _host_notes(config: RunConfig) -> list[str]:
+    """Whether offloaded states may be more than the host has free."""
+    needed = int(host_bytes(config.shape, config.step_config))
+    try:
+        free = host_memory().available_bytes if needed else 0
+    except VramplanError:  # a system that does not tell
+        return []
+    if needed <= free:
+        return []
+    return [f"offloaded states take {gib(needed)} of host memory, of which {gib(free)} are free now"]
+
+
 def _notes(config: RunConfig, shards: ShardSet, split: Split, device: torch.device) -> list[str]:
     """Sentences about what is unusual."""
     notes, t = [], config.train
@@ -67,6 +82,7 @@ def _notes(config: RunConfig, shards: ShardSet, split: Split, device: torch.devi
     if not shards.held_out(config.model.block_size):
         notes.append("the validation split is shorter than a block: the end of the training text is used instead")
     notes += estimate(config.shape, config.step_config).caveats
+    notes += _host_notes(config)
     if split.batch_size != config.step.batch_size:
         before = f"{config.step.batch_size} x {config.step.grad_accum}"
         notes.append(f"memory has reduced {before} micro-batches to those above; --resume --grow goes back")

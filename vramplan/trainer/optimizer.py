@@ -165,8 +165,16 @@ class InBackward(Several):
         return torch.zeros((), device=device) if square is None else square.sqrt()
 
 
+MASTERS = "masters"
+"""Where a state dict keeps float32 weights whose copies on the device are narrower."""
+
+
 class OffloadedAdamW(torch.optim.Optimizer):
-    """AdamW whose states, and a copy of the weights, are in host memory; gradients go there and weights come back."""
+    """AdamW whose states, and a copy of the weights, are in host memory; gradients go there and weights come back.
+
+    The copy is float32 whatever the weights on the device are: of bfloat16 ones it is the master, in which no small
+    update is lost, and is saved beside the states.
+    """
 
     def __init__(self, groups: Groups, **settings: Any) -> None:
         super().__init__(groups, settings)
@@ -182,26 +190,27 @@ class OffloadedAdamW(torch.optim.Optimizer):
         for mine, twin in zip(self.param_groups, self.inner.param_groups, strict=True):
             twin["lr"] = mine["lr"]
         for p, twin_p in zip(self.here, self.host, strict=True):
-            twin_p.grad = None if p.grad is None else p.grad.to("cpu")
+            twin_p.grad = None if p.grad is None else p.grad.to("cpu").float()
         self.inner.step()
         for p, twin_p in zip(self.here, self.host, strict=True):
             p.copy_(twin_p, non_blocking=True)
             twin_p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states on the host."""
-        return self.inner.state_dict()
+        """The states on the host, with the masters of weights that are narrower."""
+        wide = any(p.dtype != twin_p.dtype for p, twin_p in zip(self.here, self.host, strict=True))
+        return self.inner.state_dict() | ({MASTERS: list(self.host)} if wide else {})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the host's weights follow the model's."""
-        self.inner.load_state_dict(state_dict)
-        for p, twin_p in zip(self.here, self.host, strict=True):
-            twin_p.copy_(p)
+        """Restore what :meth:`state_dict` returned; without masters in it the host's weights follow the model's."""
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != MASTERS})
+        for master, twin_p in zip(state_dict.get(MASTERS, self.here), self.host, strict=True):
+            twin_p.copy_(master)
 
 
 def _on_host(p: Tensor) -> Tensor:
-    twin = p.detach().to("cpu", copy=True)
+    twin = p.detach().to("cpu", torch.float32, copy=True)
     return twin.pin_memory() if p.is_cuda else twin
 
 
