@@ -7,11 +7,11 @@
 and on the same sequences. The plain path is the full loss, fused AdamW, no checkpointing, no accumulation. The final
 loss, the mean of the last 20 steps, must be within 1 % of it. One thread, so that a run can be repeated. AdamW inside
 the backward can neither clip nor accumulate and is compared with the plain path without clipping. Offloaded states are
-refused on a CPU (there is no other memory to offload to), so that row runs the class itself, past the validator: its
+refused on a CPU (there is no other memory to offload to), so those rows run the class itself, past the validator: its
 arithmetic, not its transfers.
 
 ``half``: 30 steps on the corpus's bytes (vocabulary 256: products in half precision are slow on many CPUs) in bfloat16,
-float16 with loss scaling, and pure bfloat16 with stochastic rounding, beside float32. Reported, and not judged.
+float16 with loss scaling, and pure bfloat16 with stochastic rounding or offloaded masters, beside float32. Reported, and not judged.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ HALVES = (
         "pure-bfloat16, accumulation 1 x 4",
         {"dtype": "pure-bfloat16", "optimizer": "adamw-stochastic", "batch_size": 1, "grad_accum": 4},
     ),
+    Saver("pure-bfloat16, float32 masters offloaded", {"dtype": "pure-bfloat16", "optimizer": "adamw-offload"}),
 )
 
 Batch = tuple[Tensor, Tensor]

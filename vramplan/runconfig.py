@@ -253,6 +253,9 @@ def _train_problems(t: TrainSection, step: StepSection | None) -> list[Problem]:
     if step is not None and step.optimizer == "adamw-in-backward" and t.grad_clip > 0:
         rule = "needs every gradient at once, and adamw-in-backward uses each up as it comes"
         problems.append(Problem("train.grad_clip", t.grad_clip, rule, "use 0, or another optimizer"))
+    if step is not None and step.optimizer == "adamw-in-backward" and t.compile_after is not None:
+        rule = "is impossible with adamw-in-backward, which a compiled graph would make pointless"
+        problems.append(Problem("train.compile_after", t.compile_after, rule, "leave it out, or use another optimizer"))
     if step is not None and step.compile and t.compile_after is not None:
         rule = "is for a run that starts eager, and this one is compiled from its first step"
         remedy = "set step.compile=false, or leave it out"

@@ -23,9 +23,9 @@ def config(device: str) -> RunConfig:
     return RunConfig.build(SHAPE, StepConfig(batch_size=8, grad_accum=2, device=device, dtype="float32"))
 
 
-def reduced(outcome: str = "out_of_memory") -> MicroBatchReduced:
+def reduced(outcome: str = "out_of_memory", doing: str = "training step", compiled: bool = False) -> MicroBatchReduced:
     return MicroBatchReduced(
-        step=3, doing="training step", outcome=outcome, reason="CUDA out of memory.", batch_size_before=8, batch_size=4,
+        step=3, doing=doing, compiled=compiled, outcome=outcome, reason="CUDA out of memory.", batch_size_before=8, batch_size=4,
         grad_accum_before=2, grad_accum=4, estimated_bytes_before=2, estimated_bytes=1,
     )  # fmt: skip
 
@@ -34,10 +34,12 @@ def test_a_step_that_did_not_fit_becomes_evidence(tmp_path, monkeypatch):
     monkeypatch.setenv("VRAMPLAN_LEDGER", str(tmp_path / "ledger.sqlite"))
     listener = EvidenceOfTraining(config("cuda"), LIVE, print)
     listener(CompileSwitched(step=2))
-    listener(reduced())
+    listener(reduced(doing="evaluation"))
+    listener(reduced(compiled=True))
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         (found,) = ledger.measurements()
     assert (found.outcome, found.step.batch_size, found.step.grad_accum) == ("out_of_memory", 8, 2)
+    assert found.step.compile, "what it was then, not what the configuration began with"
     assert (found.device, found.limit_bytes) == (LIVE.name, 11 * GIB)
     assert found.reason == "while training: CUDA out of memory."
     assert found.ran_out_unexpectedly, "so small a model should have fitted: that is what is to be remembered"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
+import zlib
 
 import pytest
 import torch
@@ -277,3 +279,33 @@ def test_what_cannot_be_read_back_never_gets_its_name(folder, monkeypatch):
 def test_a_compiled_model_is_saved_under_plain_names():
     model = GPT(SHAPE, STEP)
     assert plain_state_dict(torch.compile(model, backend="eager")).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "structure",
+    ["", "[1]", "3", '{"$tensor": "model.wte"}', '{"a": {"$tensor": "gone"}}', '{"a": {"$tensor": [1]}}',
+     '{"a": {"$pairs": 3}}', '{"a": {"$pairs": [[1, 2, 3]]}}', '{"a": {"$pairs": [[[1], 2]]}}', '{"a": {"$tuple": 1}}',
+     "[" * 5000],
+    ids=range(11),
+)  # fmt: skip
+def test_a_structure_that_makes_no_sense_is_damage(tmp_path, structure):
+    """With the right sums: as a hand, not a disk, would change it."""
+    path = tmp_path / "step-000001.safetensors"
+    write(path, {"model": {"wte": torch.ones(3)}})
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["structure"] = structure
+    text = json.dumps(header).encode()
+    data = content[8 + length : 8 + length + 12]
+    sums = struct.pack("<2I", zlib.crc32(text), zlib.crc32(data))
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data + sums)
+    with pytest.raises(DataError, match=r"is damaged|is not a vramplan checkpoint"):
+        load(path)
+
+
+def test_names_that_clash_are_kept_apart(tmp_path):
+    write(tmp_path / "file", {"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}})
+    found = read_tree(tmp_path / "file")
+    assert torch.equal(found["a.b"], torch.zeros(2))
+    assert torch.equal(found["a"]["b"], torch.ones(2))

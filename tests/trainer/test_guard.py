@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from vramplan.planner.step import StepConfig
 from vramplan.runconfig import RunConfig
 from vramplan.trainer import loop as module
 from vramplan.trainer.checkpoint import CheckpointFolder, step_of
-from vramplan.trainer.events import CompileFellBack, CompileSwitched, MicroBatchReduced, Resumed, RunStarted
+from vramplan.trainer.events import CompileFellBack, CompileSwitched, MicroBatchReduced, RunStarted
 from vramplan.trainer.guard import Guard
 from vramplan.trainer.loop import train
 from vramplan.trainer.metrics import read_metrics
@@ -153,8 +154,10 @@ def test_an_evaluation_is_done_again_over_the_same_text(shards, tmp_path, monkey
 
 def test_when_one_block_is_too_much_the_run_ends_and_says_how_to_go_on(shards, tmp_path, monkeypatch):
     failing_above(monkeypatch, 0, from_call=10)
-    with pytest.raises(VramplanError, match=r"memory ran out: CUDA out of memory.*step-000004.* --replan"):
+    with pytest.raises(VramplanError, match=r"memory ran out: CUDA out of memory.*step-000005.* --replan"):
         run(shards, tmp_path / "run", config())
+    _, found = CheckpointFolder(tmp_path / "run" / "checkpoints").newest()
+    assert (found.step, found.data["position"]) == (5, 5 * 12), "saved as it was before the step that failed"
     guarded = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "guard"]
     assert [(line["batch_size"], line["grad_accum"]) for line in guarded] == [(3, 4), (2, 6), (1, 12)]
 
@@ -204,13 +207,55 @@ def test_a_resumed_run_keeps_the_smaller_split_until_it_is_asked_to_grow(shards,
     with pytest.raises(KeyboardInterrupt):
         run(shards, tmp_path / "run", config(max_steps=8, checkpoint_interval=2))
     monkeypatch.undo()
-    assert RunDirectory(tmp_path / "run").split_of(cfg) == Split(3, 4)
+    assert RunDirectory(tmp_path / "run").splits(cfg) == [(5, Split(3, 4))]
     cfg = config(max_steps=8, checkpoint_interval=2)
-    _, events = run(shards, tmp_path / "run", cfg, resume=True)
-    assert of(events, Resumed)[0].step == 4
-    (started,) = of(events, RunStarted)
-    assert (started.batch_size, started.grad_accum) == (3, 4)
-    assert any("--grow" in note for note in started.notes)
+    used = record_splits(monkeypatch)
+    monkeypatch.setattr(module._Trainer, "_save", stopping_after(6))
+    with pytest.raises(KeyboardInterrupt):
+        run(shards, tmp_path / "run", cfg, resume=True)
+    assert used == {4: 6, 5: 3}, "divided where the first session was"
+    monkeypatch.undo()
+    used = record_splits(monkeypatch)
+    run(shards, tmp_path / "run", cfg, resume=True)
+    assert used == {4: 6, 5: 3, 6: 3, 7: 3}, "also after a second interruption"
+
+
+def record_splits(monkeypatch) -> dict[int, int]:
+    """The batch_size of each step of the runs from here on."""
+    used: dict[int, int] = {}
+    original = module._Trainer._one_step
+
+    def one_step(self):
+        used[self.step] = self.guard.split.batch_size
+        original(self)
+
+    monkeypatch.setattr(module._Trainer, "_one_step", one_step)
+    return used
+
+
+def test_an_interrupted_run_that_was_divided_ends_like_the_one_that_was_not_interrupted(shards, tmp_path, monkeypatch):
+    """Ten micro-steps in, every larger micro-batch fails; one run is stopped after that, before its next checkpoint."""
+    cfg = config(max_steps=8, checkpoint_interval=3)
+    failing_above(monkeypatch, 3, from_call=9)
+    run(shards, tmp_path / "straight", cfg)
+    monkeypatch.undo()
+    failing_above(monkeypatch, 3, from_call=9)
+    monkeypatch.setattr(module._Trainer, "_evaluate_if_due", raising_at(5, module._Trainer._evaluate_if_due))
+    with pytest.raises(KeyboardInterrupt):
+        run(shards, tmp_path / "stopped", cfg)
+    monkeypatch.undo()
+    run(shards, tmp_path / "stopped", cfg, resume=True)
+    for name, tensor in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "stopped")[name], tensor), name
+
+
+def raising_at(step: int, original):
+    def evaluate_if_due(self):
+        if self.step == step:
+            raise KeyboardInterrupt
+        original(self)
+
+    return evaluate_if_due
 
 
 def stopping_after(step: int):
@@ -230,18 +275,20 @@ def test_grow_goes_back_to_the_configured_split(shards, tmp_path):
     directory = RunDirectory(tmp_path / "run")
     for path in list(CheckpointFolder(directory.checkpoints).paths())[:1]:
         path.unlink()
-    directory.amend_session(split=[2, 6])
+    directory.amend_session(splits=[[0, 2, 6]])
     _, events = run(shards, tmp_path / "run", cfg, resume=True, grow=True)
     (started,) = of(events, RunStarted)
     assert (started.batch_size, started.grad_accum) == (6, 2)
 
 
-@pytest.mark.parametrize("split", [[5, 2], [3], "3 x 4", [3, 4.0], [0, 12]])
+@pytest.mark.parametrize("split", [[1, 5, 2], [3, 4], "3 x 4", [1, 3, 4.0], [1, 0, 12], None])
 def test_a_split_that_does_not_fit_the_run_is_not_believed(shards, tmp_path, split):
     run(shards, tmp_path / "run", config(max_steps=1))
     directory = RunDirectory(tmp_path / "run")
-    directory.amend_session(split=split)
-    assert directory.split_of(config()) is None
+    directory.amend_session(splits=[split, [2, 3, 4]])
+    assert directory.splits(config()) == [(2, Split(3, 4))]
+    directory.amend_session(splits=split)
+    assert directory.splits(config()) == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
@@ -276,6 +323,55 @@ def test_what_does_not_compile_goes_on_eager(shards, tmp_path, monkeypatch, erro
     assert (event.step, event.reason) == (3, str(error).splitlines()[0])
     for name, tensor in weights(tmp_path / "eager").items():
         assert torch.equal(weights(tmp_path / "staged")[name], tensor), name
+
+
+def test_an_evaluation_that_does_not_compile_goes_on_eager_too(shards, tmp_path, monkeypatch):
+    """Without gradients it is a graph of its own: the first compiled step says nothing about it."""
+
+    def compiled(model):
+        def forward(tokens, targets):
+            if not torch.is_grad_enabled():
+                raise RuntimeError("no kernel for this")
+            return model(tokens, targets)
+
+        return forward
+
+    monkeypatch.setattr("vramplan.trainer.step._compiled", compiled)
+    _, events = run(shards, tmp_path / "run", config(max_steps=5, compile_after=2, eval_interval=4))
+    assert [e.step for e in of(events, CompileSwitched)] == [2]
+    assert [(e.step, e.reason) for e in of(events, CompileFellBack)] == [(4, "no kernel for this")]
+    assert not of(events, MicroBatchReduced)
+
+
+def test_a_signal_in_the_first_compiled_evaluation_is_no_failure_to_compile(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("vramplan.trainer.step._compiled", lambda model: model)
+    events = []
+
+    def on_event(event):
+        events.append(event)
+        if type(event).__name__ == "StepLogged" and event.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = config(max_steps=8, compile_after=2, eval_interval=4)
+    result = train(cfg, shards, tmp_path / "run", device=CPU, on_event=on_event)
+    assert result.interrupted
+    assert not of(events, CompileFellBack)
+
+
+def test_gradients_that_accumulate_stay_where_they_are():
+    """Before step 0, after the rehearsal, and after a failed step: nothing is allocated anew."""
+    step = StepConfig(batch_size=2, grad_accum=2, dtype="float32", device="cpu", optimizer="muon")
+    model = module.GPT(SHAPE, step)
+    optimizer = module.build_optimizer(model, step, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    trainer = TrainStep(model, optimizer, step, grad_clip=1.0, device=CPU)
+    trainer.allocate()
+    trainer.rehearse_update()
+    before = [p.grad.data_ptr() for p in model.parameters()]
+    tokens = torch.randint(0, 64, (2, 16))
+    trainer.micro_step(tokens, tokens)
+    trainer.forget()
+    assert [p.grad.data_ptr() for p in model.parameters()] == before
+    assert not any(p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-foreach", "muon", "adamw-fused"])

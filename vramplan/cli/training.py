@@ -48,13 +48,17 @@ from .options import DEFAULT_MAX_RISK, FilePath, refused, with_evidence
     metavar="on|off|later:N",
     help="Compile from the first step, never, or after N eager steps if it fits. [default: as the configuration says]",
 )
-@click.option("--no-guard", is_flag=True, help="When memory runs out, end; do not go on in smaller micro-batches.")
+@click.option(
+    "--guard/--no-guard",
+    default=None,
+    help="When memory runs out, go on in smaller micro-batches, or end. [default: on]",
+)
 @click.option("--grow", is_flag=True, help="With --resume: back to the micro-batches that memory had reduced.")
 @click.option("--quiet", is_flag=True, help="Print only problems and the end.")
 def train(
     config: Path | None, data: str | None, out: Path | None, resume: bool, replan: bool, shards: Path | None,
     max_steps: int | None, max_hours: float | None, track: tuple[str, ...], tensorboard: bool, compilation: str | None,
-    no_guard: bool, grow: bool, quiet: bool,
+    guard: bool | None, grow: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train from Parquet files: tokenise once, train, evaluate, save; Ctrl-C saves and says how to resume.
 
@@ -84,12 +88,10 @@ def train(
         raise collect.error()
     track += ("tensorboard",) if tensorboard and "tensorboard" not in track else ()
     tracked = () if track == ("none",) else track or None
-    loaded = _with_training(loaded, max_steps=max_steps, max_hours=max_hours, track=tracked)
+    loaded = _with_training(loaded, max_steps=max_steps, max_hours=max_hours, track=tracked, guard=guard)
     if grow and not resume:
         raise ConfigError(Problem("--grow", "given", "is for a run that is resumed", "add --resume, or leave it out"))
     loaded = with_compilation(loaded, compilation)
-    if no_guard:
-        loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"guard": False})})
     start_training(loaded, data, out, resume=resume, replan=replan, shards=shards, quiet=quiet, grow=grow)
 
 

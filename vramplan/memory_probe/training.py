@@ -12,7 +12,7 @@ from ..planner.gpu import Gpu
 from ..planner.memory import context_bytes
 from ..planner.speed import tokens_per_second
 from ..runconfig import RunConfig
-from ..trainer.events import Event, MicroBatchReduced
+from ..trainer.events import TRAINING, Event, MicroBatchReduced
 from .ledger import Ledger
 from .measurement import Measurement
 from .outcome import spilled
@@ -20,9 +20,9 @@ from .probe import card_of, identity, spills_silently
 
 
 class EvidenceOfTraining:
-    """An ``on_event`` that keeps every step for which memory did not suffice; trouble with the ledger is only noted.
+    """An ``on_event`` that keeps every training step for which memory did not suffice.
 
-    ``live`` is the card as it was before the run took any of it: what was free then is what the step had.
+    Trouble with the ledger is only noted. ``live`` is the card as it was before the run took any of it: what was free then is what the step had.
     """
 
     def __init__(self, config: RunConfig, live: LiveGpu | None, on_note: Callable[[str], None]) -> None:
@@ -30,7 +30,7 @@ class EvidenceOfTraining:
 
     def __call__(self, event: Event) -> None:
         """Keep a measurement of the step that did not fit."""
-        if not isinstance(event, MicroBatchReduced):
+        if not isinstance(event, MicroBatchReduced) or event.doing != TRAINING:
             return
         try:
             with Ledger(on_note=self.on_note) as ledger:
@@ -40,7 +40,8 @@ class EvidenceOfTraining:
 
     def measurement(self, event: MicroBatchReduced) -> Measurement:
         """The step before it was divided further: how it ended, under which limit."""
-        step = replace(self.config.step_config, batch_size=event.batch_size_before, grad_accum=event.grad_accum_before)
+        batch_size, grad_accum = event.batch_size_before, event.grad_accum_before
+        step = replace(self.config.step_config, batch_size=batch_size, grad_accum=grad_accum, compile=event.compiled)
         live = self.live if step.device == "cuda" else None
         return Measurement.model_validate(
             identity(self.config.shape, step, live, AllocatorSettings())

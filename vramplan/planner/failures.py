@@ -39,11 +39,12 @@ OUT_OF_MEMORY = (
     r"unable to allocate [\d.]+ [kmgt]?i?b",
     r"aoti_torch_empty_strided.*failed",
     r"std::bad_alloc",
+    r"could not create a (primitive|memory object)$",
     r"killed signal terminated program",
     r"memoryerror",
 )
 """torch and its C++ wrapper, CUDA's libraries, the host's allocators on Linux and Windows, numpy, the C++ runtime, and
-a compiler that the kernel killed."""
+a compiler that the kernel killed; oneDNN, which says no more than that it could not, when there is too little."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class CheckpointFolder:
         older = [p for p in self.paths() if step_of(p) < checkpoint.step]
         for old in older[self.keep - 1 :]:
             if step_of(old) != best_step:
-                old.unlink()
+                old.unlink(missing_ok=True)
         return path
 
     def set_aside(self, path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 from ..errors import Stopped, VramplanError, command
@@ -30,7 +31,8 @@ def explained(run: RunDirectory, folder: CheckpointFolder, config: RunConfig) ->
         raise VramplanError(_memory_ran_out(error, run, folder, config)) from error
     except OSError as error:
         reason = f"{error.filename or run.path} cannot be used ({error.strerror or error})"
-        raise VramplanError(f"{reason}. {saved(folder)} {_go_on(run)}") from None
+        remedy = " Free some disk space first." if error.errno == errno.ENOSPC else ""
+        raise VramplanError(f"{reason}.{remedy} {saved(folder)} {_go_on(run)}") from None
 
 
 def _memory_ran_out(error: BaseException, run: RunDirectory, folder: CheckpointFolder, config: RunConfig) -> str:

@@ -15,6 +15,9 @@ class Event:
     """Base of everything reported."""
 
 
+TRAINING, EVALUATION = "training step", "evaluation"
+"""What may run out of memory and be done again."""
+
 OnEvent = Callable[[Event], None]
 
 
@@ -223,10 +226,12 @@ class GuardEvent(Event):
 class MicroBatchReduced(GuardEvent):
     """Memory ran out, or spilled to the host, after ``step`` steps: micro-batches are smaller from here on.
 
-    ``outcome`` is ``out_of_memory`` (what was being done is done again) or ``spilled``; ``doing`` what was being done.
+    ``outcome`` is ``out_of_memory`` (what was being done is done again) or ``spilled``; ``doing`` what was being done,
+    ``compiled`` or not.
     """
 
     doing: str
+    compiled: bool
     outcome: str
     reason: str
     batch_size_before: int
@@ -272,14 +277,14 @@ class CompileSkipped(GuardEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileFellBack(GuardEvent):
-    """The first compiled step failed and is done again without: the run stays eager."""
+    """The first compiled step, or evaluation, failed and is done again without: the run stays eager."""
 
     reason: str
 
     @property
     def words(self) -> str:
         """What happened."""
-        return f"the first compiled step failed ({self.reason}); it is done again, and the run stays eager"
+        return f"the first compiled pass failed ({self.reason}); it is done again, and the run stays eager"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,15 @@ from ..planner.memory import estimate
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..units import gib
-from .events import CompileFellBack, CompileSkipped, CompileSwitched, GuardEvent, MicroBatchReduced
+from .events import (
+    EVALUATION,
+    TRAINING,
+    CompileFellBack,
+    CompileSkipped,
+    CompileSwitched,
+    GuardEvent,
+    MicroBatchReduced,
+)
 from .memory_errors import out_of_memory
 from .split import Split
 from .step import TrainStep
@@ -60,7 +68,7 @@ class Guard:
         self.shape, self.train_step, self.device, self.emit = shape, train_step, device, emit
         self.enabled, self.spilled = enabled, spilled
         self.whole = self.split = Split(int(train_step.step.batch_size), int(train_step.step.grad_accum))
-        self._on_trial = False
+        self._on_trial: set[str] = set()
         self._settled = 0
 
     def use(self, split: Split) -> None:
@@ -79,20 +87,23 @@ class Guard:
                 result = attempt()
                 break
             except Exception as error:
-                if not self._can_go_on(error):
+                if not self._can_go_on(error, doing):
+                    undo()
                     raise
                 reason = _first_line(error)
             # only here, outside the except block, have the error and the tensors of its frames been let go
             undo()
-            self.train_step.forget()
             self._release_memory()
-            if self._on_trial:
+            self.train_step.forget()
+            if doing in self._on_trial:
                 self._back_to_eager(step, reason)
             else:
                 self._reduce(step, reason, doing)
-        if self._on_trial and doing == TRAINING:
-            self._on_trial, self._settled = False, 0
-            self.emit(CompileSwitched(step=step))
+        if doing in self._on_trial:
+            self._on_trial.remove(doing)
+            if doing == TRAINING:
+                self._settled = 0
+                self.emit(CompileSwitched(step=step))
         return result
 
     def after_step(self, step: int, tokens: int, seconds: float) -> None:
@@ -112,13 +123,13 @@ class Guard:
             self._reduce(step, reason, TRAINING, kind="spilled")
 
     def try_compiled(self, step: int) -> None:
-        """Compile from here on if the estimate says that it fits; the next training step proves it."""
+        """Compile from here on if the estimate says that it fits; the first step and the first evaluation prove it."""
         wanted = replace(self.train_step.step, compile=True)
         if not self._fits(wanted):
             need = estimate(self.shape, wanted).peak_reserved_bytes
             self.emit(CompileSkipped(step=step, reason=f"compiled it is estimated at {gib(need)}, more than is free"))
             return
-        self._on_trial = True
+        self._on_trial = {TRAINING, EVALUATION}  # each is a graph of its own
         try:
             self.train_step.run_compiled()
         except Exception as error:  # a compiler that cannot even be loaded
@@ -126,14 +137,14 @@ class Guard:
 
     # ---------------------------------------------------------------- when it failed
 
-    def _can_go_on(self, error: Exception) -> bool:
+    def _can_go_on(self, error: Exception, doing: str) -> bool:
         memory = isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)
         if self.train_step.applying:
             if memory:
                 words = f"memory ran out while the weights were being updated ({_first_line(error)})"
                 raise HalfApplied(f"{words}: this step can be neither kept nor repeated") from error
             return False
-        if self._on_trial:
+        if doing in self._on_trial:
             return True
         return memory and self.enabled and bool(self._candidates())
 
@@ -153,6 +164,7 @@ class Guard:
             MicroBatchReduced(
                 step=step,
                 doing=doing,
+                compiled=now.compile,
                 outcome=kind,
                 reason=reason,
                 batch_size_before=before.batch_size,
@@ -165,7 +177,7 @@ class Guard:
         )
 
     def _back_to_eager(self, step: int, reason: str) -> None:
-        self._on_trial = False
+        self._on_trial = set()
         self.train_step.run_eagerly()
         self._release_memory()
         self.emit(CompileFellBack(step=step, reason=reason))
@@ -186,8 +198,6 @@ class Guard:
 
 WARM_UP = 2
 """Steps that compile, tune kernels and fill caches."""
-TRAINING = "training step"
-EVALUATION = "evaluation"
 
 
 def _with(step: StepConfig, split: Split) -> StepConfig:

@@ -6,6 +6,7 @@ that dies in an evaluation has therefore already been saved. Nothing is printed:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from .checkpoint import (
 )
 from .endings import explained, saved
 from .events import (
+    EVALUATION,
+    TRAINING,
     AlreadyFinished,
     CheckpointSaved,
     Finished,
@@ -39,8 +42,9 @@ from .events import (
     StopRequested,
     ignore,
 )
-from .guard import EVALUATION, TRAINING, Guard, SpillCheck
+from .guard import Guard, SpillCheck
 from .interrupt import StopSignal
+from .memory_errors import out_of_memory
 from .model import GPT
 from .opening import opening
 from .optimizer import build_optimizer
@@ -50,10 +54,11 @@ from .resuming import TrainResult, finished_before, newest_of_run
 from .rundir import RunDirectory, describe_session, session_notes
 from .schedule import schedule_of
 from .shards import ShardSet
+from .split import Split
 from .step import StepResult, TrainStep
 
 
-class _StopEvaluation(Exception):  # noqa: N818 - control flow, never seen outside this module
+class _StopEvaluation(BaseException):  # control flow, never seen outside this module
     """A signal arrived during an evaluation, whose half result is of no use."""
 
 
@@ -135,6 +140,7 @@ class _Trainer:
         )
         self.train_step = TrainStep(self.model, self.optimizer, step, grad_clip=t.grad_clip, device=device)
         self.guard = Guard(config.shape, self.train_step, device, self._guarded, enabled=t.guard, spilled=spilled)
+        self.splits: list[tuple[int, Split]] = []
         self.compile_at = t.compile_after
         self.best_saved: tuple[float, int] | None = None
         self.recorder = Recorder(config, run.metrics, device, peak_flops, on_event)
@@ -161,10 +167,10 @@ class _Trainer:
             rule = f"holds no checkpoint, but {lost} was saved"
             remedy = "bring it back, or start a new run in another directory"
             raise DataError(Problem("run_dir", str(self.folder.directory), rule, remedy))
-        if not grow and (split := self.dir.split_of(self.config)):
-            self.guard.use(split)
+        if not grow:
+            self.splits = self.dir.splits(self.config)
         dropped = self.recorder.restore(self.step, checkpoint, self.evaluation.blocks)
-        self.best_saved = self.dir.best_saved()
+        self.best_saved = self.dir.best_saved(self.evaluation.blocks)
         self.emit(Resumed(checkpoint=path, step=self.step, tokens_seen=self.tokens_seen, dropped_lines=dropped))
 
     def run(self) -> TrainResult:
@@ -174,7 +180,8 @@ class _Trainer:
             rehearse(self.train_step, self.folder)
         session = describe_session(self.config, self.device, self.shards, self.step, self.evaluation.blocks)
         notes = session_notes(self.dir.sessions(), session)
-        self.dir.add_session(session)
+        self.dir.add_session(session | {"splits": self._splits_as_json()})
+        self._use_split()
         self.emit(
             opening(
                 self.config,
@@ -196,6 +203,7 @@ class _Trainer:
                 self._evaluate_if_due()
                 while self.step < self.total_steps and not self.stop.requested and not self.recorder.hours_used:
                     self._compile_if_due()
+                    self._use_split()
                     self._one_step()
                     if self._checkpoint_due():
                         self._save()
@@ -204,6 +212,10 @@ class _Trainer:
                     return self._out_of_hours()
             except _StopEvaluation:
                 pass  # handled below, like a signal that arrives during a step
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    self._save_what_there_is()
+                raise
             if self.step < self.total_steps or self.recorder.evaluated_step != self.step:
                 return self._interrupted()
         self._announce_finish(time.perf_counter() - start)
@@ -231,11 +243,21 @@ class _Trainer:
             self.compile_at = None
             self.guard.try_compiled(self.step)
 
+    def _use_split(self) -> None:
+        """Divide steps as memory made the interrupted session do from this step on: the same sums, the same bits."""
+        split = next((split for step, split in reversed(self.splits) if step <= self.step), self.guard.split)
+        if split.batch_size < self.guard.split.batch_size:
+            self.guard.use(split)
+
+    def _splits_as_json(self) -> list[list[int]]:
+        return [[step, split.batch_size, split.grad_accum] for step, split in self.splits]
+
     def _guarded(self, event: GuardEvent) -> None:
         """What the guard did: for the next session, for the metrics, and for whoever listens."""
         split = self.guard.split
         if isinstance(event, MicroBatchReduced):
-            self.dir.amend_session(split=[split.batch_size, split.grad_accum])
+            self.splits = [*(entry for entry in self.splits if entry[0] <= event.step), (event.step, split)]
+            self.dir.amend_session(splits=self._splits_as_json())
         self.recorder.guarded(event.step, event.words, split.batch_size, split.grad_accum)
         self.emit(event)
 
@@ -283,6 +305,13 @@ class _Trainer:
         self.recorder.saved(self.step, path.name)
         self.emit(CheckpointSaved(path=path, step=self.step, size_bytes=path.stat().st_size, seconds=seconds))
         return path
+
+    def _save_what_there_is(self) -> None:
+        """A step for which memory did not suffice has changed nothing, unless it updates weights in its backward."""
+        if self.step in (0, self.saved_step) or self.config.step.optimizer == "adamw-in-backward":
+            return
+        with contextlib.suppress(VramplanError, RuntimeError, MemoryError):
+            self._save()
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at every ``eval_interval``, at step 0 and at the end, once. Step 0 shows early that it fits."""

@@ -67,7 +67,7 @@ def read_metrics(path: Path) -> list[Line]:
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             line = None

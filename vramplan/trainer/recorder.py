@@ -79,7 +79,8 @@ class Recorder:
         for line in evaluations:
             self.evaluated_step, self.val_loss = line["step"], line["val_loss"]
         self.last_loss = checkpoint.last_loss if checkpoint else None
-        comparable = [line["val_loss"] for line in evaluations if line.get("blocks") in (None, blocks)]
+        found = [line["val_loss"] for line in evaluations if line.get("blocks") in (None, blocks)]
+        comparable = [loss for loss in found if loss is not None]
         kept = checkpoint.best_val_loss if checkpoint else None
         self.best_val_loss = min(comparable, default=None) if evaluations else kept
         return dropped

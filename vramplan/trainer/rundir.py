@@ -177,7 +177,7 @@ class RunDirectory:
         """What ``run.json`` says of the sessions so far; empty before the first, or when it is damaged."""
         try:
             found = json.loads(self.facts.read_text(encoding="utf-8"))["sessions"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []
         return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else []
 
@@ -190,23 +190,28 @@ class RunDirectory:
         *before, now = self.sessions() or [{}]
         self._write_sessions([*before, now | values])
 
-    def split_of(self, config: RunConfig) -> Split | None:
-        """How memory made the last session divide a step; None if it did not, or ``config`` divides it anew."""
+    def splits(self, config: RunConfig) -> list[tuple[int, Split]]:
+        """After which step memory made the run divide its steps how, in order; none if ``config`` divides them anew."""
         last = (self.sessions() or [{}])[-1]
-        split = last.get("split")
-        if last.get("batch") != _batch(config) or not isinstance(split, list) or len(split) != 2:
-            return None
-        sound = all(type(n) is int and n > 0 for n in split) and split[0] * split[1] == _blocks(config)
-        return Split(*split) if sound else None
+        found = last.get("splits")
+        if last.get("batch") != _batch(config) or not isinstance(found, list):
+            return []
+        sound = [
+            entry for entry in found
+            if isinstance(entry, list) and len(entry) == 3 and all(type(n) is int for n in entry)
+            and min(entry[1:]) > 0 and entry[1] * entry[2] == _blocks(config)
+        ]  # fmt: skip
+        return [(step, Split(batch_size, grad_accum)) for step, batch_size, grad_accum in sorted(sound)]
 
-    def best_saved(self) -> tuple[float, int] | None:
+    def best_saved(self, blocks: int | None = None) -> tuple[float, int] | None:
         """Validation loss and step of the best of the checkpoints that are there, by the metrics.
 
-        Only evaluations of as much text as the last one are compared.
+        Only evaluations of that many ``blocks`` are compared; of as many as the last one had unless it is given.
         """
         steps = {step_of(path) for path in CheckpointFolder(self.checkpoints).paths()}
         evaluations = [line for line in read_metrics(self.metrics) if line["kind"] == "evaluation"]
-        blocks = evaluations[-1].get("blocks") if evaluations else None
+        if blocks is None and evaluations:
+            blocks = evaluations[-1].get("blocks")
         return min(
             ((e["val_loss"], e["step"]) for e in evaluations
              if e["step"] in steps and e["val_loss"] is not None and e.get("blocks") == blocks),
@@ -290,7 +295,7 @@ def config_differences(stored: RunConfig, given: RunConfig, steps: int) -> list[
         for name, value in after.items():
             if before[name] != value and f"{section}.{name}" not in free:
                 rule = f"is not the run's {name}={before[name]}"
-                own = "resume with the run's own config.toml, or start a new run"
+                own = "leave it out to resume with the run's own, or start a new run"
                 remedy = why if why and f"{section}.{name}" in LENGTH else own
                 problems.append(Problem(f"{section}.{name}", value, rule, remedy))
     return problems

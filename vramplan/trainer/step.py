@@ -63,13 +63,13 @@ class TrainStep:
         self.grad_clip, self.device = grad_clip, device
         torch.set_float32_matmul_precision("high" if step.dtype == "tf32" else "highest")
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
-        self.applying = False
+        self.applying = self._allocated = False
         self._forward: Callable[[Tensor, Tensor], Tensor] = _compiled(model) if step.compile else model
 
     def resplit(self, batch_size: int, grad_accum: int) -> None:
         """Accumulate over another number of micro-batches from the next step on."""
         self.step = replace(self.step, batch_size=batch_size, grad_accum=grad_accum)
-        self.allocate()
+        self._allocated = False
 
     def run_compiled(self) -> None:
         """Compile from the next step on."""
@@ -87,10 +87,12 @@ class TrainStep:
         self.model.step = replace(self.model.step, compile=compile)
 
     def forget(self) -> None:
-        """Drop what a step that failed has left: its gradients, and what the scaler noted about them."""
-        self.model.zero_grad(set_to_none=True)
+        """Drop what a step that failed has left: its gradients, and what the scaler noted about them.
+
+        Takes no memory: gradients that accumulate are set to zero where they are.
+        """
+        self.optimizer.zero_grad(set_to_none=self.step.grad_accum == 1)
         self._new_scaler(self.scaler_state())
-        self.allocate()
 
     def _new_scaler(self, state: dict[str, Any]) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.step.dtype == "float16")
@@ -113,9 +115,11 @@ class TrainStep:
             group["lr"] = rate
         self.model.zero_grad(set_to_none=True)
         reset_counts(self.optimizer)
+        self.allocate()
 
     def allocate(self) -> None:
         """Make optimizer states, and gradients that accumulate, before the first step that needs them."""
+        self._allocated = True
         allocate_states(self.optimizer)
         if self.step.grad_accum > 1:
             for p in self.model.parameters():
@@ -124,6 +128,8 @@ class TrainStep:
 
     def __call__(self, micro_batches: MicroBatches, learning_rate: float) -> StepResult:
         """Run one optimizer step over exactly ``grad_accum`` micro-batches of (B, T) int64 tokens and targets."""
+        if not self._allocated:
+            self.allocate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         total = torch.zeros((), device=self.device)

@@ -23,8 +23,8 @@ from ..errors import DataError, Problem
 SUMS = "crc32"
 """Name of the tensor that holds the sums."""
 STRUCTURE = "structure"
-LARGEST_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
+LARGEST_HEADER = 16_000_000
+"""Bytes; a model of a thousand layers takes a tenth of it. The format itself would allow 100 MB."""
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -32,6 +32,9 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 Tree = dict[str, Any]
+
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error)
+"""What reading a header or a structure raises that says something else than it should."""
 
 
 def write_tree(file: IO[bytes], tree: Tree) -> None:
@@ -75,12 +78,17 @@ def read_tree(path: Path) -> Tree:
                 raise DataError(Problem("checkpoint", str(path), f"is damaged ({damage})"))
             # copied out of the mapped file, which may be removed while they are in use
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        tree: Tree = _restored(json.loads(metadata[STRUCTURE]), tensors)
+        tree = _restored(json.loads(metadata[STRUCTURE]), tensors)
     except SafetensorError as error:
         raise DataError(Problem("checkpoint", str(path), f"is damaged ({damage or error})")) from None
+    except _DAMAGE as error:
+        rule = f"is damaged (its structure cannot be read: {type(error).__name__})"
+        raise DataError(Problem("checkpoint", str(path), rule)) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise DataError(Problem("checkpoint", str(path), f"cannot be read ({reason})")) from None
+    if not isinstance(tree, dict):
+        raise DataError(Problem("checkpoint", str(path), "is damaged (its structure is none)"))
     return tree
 
 
@@ -97,8 +105,8 @@ def damage_of(path: Path) -> str:
             if last != SUMS:
                 return "it has no sums"
             sums = [zlib.crc32(text), *(_sum_of(file, end - start) for (start, end), _ in spans)]
-            stored = file.read()
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+            stored = file.read(4 * len(sums) + 1)
+        except _DAMAGE as error:
             return f"its header cannot be read ({type(error).__name__})"
     if len(stored) != 4 * len(sums):
         return "it is cut off"
@@ -134,9 +142,12 @@ def _described(value: Any, path: tuple[str, ...], found: dict[str, Tensor], name
     """A value as JSON, tensors by their names; collects the tensors."""
     if isinstance(value, Tensor):
         key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device) if value.numel() else path
-        name = names.setdefault(key, ".".join(path))
-        found.setdefault(name, value)
-        return {"$tensor": name}
+        if key not in names:
+            name = ".".join(path)
+            while name in found:  # "a.b" and "b" inside "a"
+                name += "_"
+            names[key], found[name] = name, value
+        return {"$tensor": names[key]}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
