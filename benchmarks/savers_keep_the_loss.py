@@ -11,8 +11,8 @@ refused on a CPU (there is no other memory to offload to), so those rows run the
 arithmetic, not its transfers.
 
 ``half``: 30 steps on the corpus's bytes (vocabulary 256: products in half precision are slow on many CPUs) in bfloat16,
-float16 with loss scaling, and pure bfloat16 with stochastic rounding or offloaded masters, beside float32. Reported, and
-not judged.
+float16 with loss scaling, and pure bfloat16 with stochastic rounding or offloaded masters, beside float32. Reported,
+and not judged.
 """
 
 from __future__ import annotations
