@@ -308,6 +308,19 @@ def cpu_has_bf16(cpuinfo: Path = _PROC / "cpuinfo") -> bool:
 # ---------------------------------------------------------------- what is installed
 
 
+def process_lives(pid: int) -> bool:
+    """Whether there is a process of that number; where that cannot be asked for (Windows), True."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, without importing it; None when it is not there."""
     from importlib import metadata

@@ -25,8 +25,8 @@ def config(device: str) -> RunConfig:
 
 def reduced(outcome: str = "out_of_memory", doing: str = "training step", compiled: bool = False) -> MicroBatchReduced:
     return MicroBatchReduced(
-        step=3, doing=doing, compiled=compiled, outcome=outcome, reason="CUDA out of memory.", batch_size_before=8, batch_size=4,
-        grad_accum_before=2, grad_accum=4, estimated_bytes_before=2, estimated_bytes=1,
+        step=3, doing=doing, compiled=compiled, outcome=outcome, reason="CUDA out of memory.", batch_size_before=8,
+        batch_size=4, grad_accum_before=2, grad_accum=4, estimated_bytes_before=2, estimated_bytes=1,
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vramplan.cli import exchange
-from vramplan.errors import ConfigError, DataError
+from vramplan.errors import ConfigError, DataError, Stopped
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.runconfig import RunConfig
+from vramplan.trainer import export as module
 from vramplan.trainer.checkpoint import Checkpoint, CheckpointFolder, rng_state
 from vramplan.trainer.export import FORMATS, export
 from vramplan.trainer.model import GPT
@@ -196,3 +199,47 @@ def test_small_vocabularies_have_no_end_of_text(tmp_path):
         content = json.loads((tmp_path / "hf" / name).read_text())
         assert content["eos_token_id"] is None
         assert "suppress_tokens" not in content
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    save(tmp_path / "run", perturbed(Shape(**GPT2)))
+    return tmp_path / "run"
+
+
+def test_what_a_killed_export_left_is_swept_and_a_living_one_is_not(run_dir, tmp_path):
+    dead = tmp_path / ".out.safetensors.999999999.tmp"
+    living = tmp_path / f".out.safetensors.{os.getppid()}.tmp"
+    for path in (dead, living):
+        path.write_bytes(b"x")
+    export(run_dir, "safetensors", tmp_path / "out.safetensors")
+    assert not dead.exists()
+    assert living.exists()
+
+
+def test_a_signal_ends_an_export_without_a_file(run_dir, tmp_path, monkeypatch):
+    def signalled(path: Path) -> None:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(FORMATS, "safetensors", lambda checkpoint: module._Content(signalled))
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM: .* was not written"):
+        export(run_dir, "safetensors", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_anyone_may_read_what_the_umask_allows(run_dir, tmp_path):
+    before = os.umask(0o022)
+    try:
+        export(run_dir, "safetensors", tmp_path / "out.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_loss_of_its_own_evaluation_goes_along(run_dir, tmp_path):
+    """The checkpoint was written before it."""
+    line = {"kind": "evaluation", "step": 7, "val_loss": 2.5, "best_val_loss": 2.5, "train_loss": 3.0}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    export(run_dir, "nanogpt", tmp_path / "ckpt.pt")
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["best_val_loss"] == 2.5

@@ -66,4 +66,5 @@ def import_(file: Path, out: Path, max_steps: int | None, device: str) -> None:
         click.echo(f"  {printable(note)}")
     if shape.vocab_size >= GPT2_VOCAB:
         again = command("vramplan", "train", "--resume", out, "--data", "FILE.parquet")
-        click.echo(f"Next: {command('vramplan', 'sample', out)}, or train on: {again}")
+        further = f", or train on: {again}" if done.step < done.config.total_steps else ""
+        click.echo(f"Next: {command('vramplan', 'sample', out)}{further}")

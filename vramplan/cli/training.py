@@ -86,6 +86,8 @@ def train(
             with collect:
                 find_sources(data, loaded.data.text_column if loaded else DataSection().text_column)
         raise collect.error()
+    if "none" in track and (len(track) > 1 or tensorboard):
+        raise ConfigError(Problem("--track", "none", "cannot be combined with a tracker", "give it alone"))
     track += ("tensorboard",) if tensorboard and "tensorboard" not in track else ()
     tracked = () if track == ("none",) else track or None
     loaded = _with_training(loaded, max_steps=max_steps, max_hours=max_hours, track=tracked, guard=guard)

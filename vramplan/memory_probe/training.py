@@ -22,7 +22,8 @@ from .probe import card_of, identity, spills_silently
 class EvidenceOfTraining:
     """An ``on_event`` that keeps every training step for which memory did not suffice.
 
-    Trouble with the ledger is only noted. ``live`` is the card as it was before the run took any of it: what was free then is what the step had.
+    Trouble with the ledger is only noted. ``live`` is the card as it was before the run took any of it: what was free
+    then is what the step had.
     """
 
     def __init__(self, config: RunConfig, live: LiveGpu | None, on_note: Callable[[str], None]) -> None:

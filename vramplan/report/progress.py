@@ -115,7 +115,8 @@ class TrainingView:
             self._warn(text, indent="  ")
         peak = f"{e.peak_flops / 1e12:.1f} TFLOPS" if e.peak_flops else "unknown: MFU is n/a"
         self._say(f"  peak         {peak}")
-        self._say(f"  first loss   about {e.first_loss_expected:.2f} is expected (ln of the vocabulary)")
+        if e.start_step == 0:
+            self._say(f"  first loss   about {e.first_loss_expected:.2f} is expected (ln of the vocabulary)")
         for note in e.notes:
             self._say(f"  note: {note}")
         self._open(e.total_steps, "training")

@@ -141,7 +141,8 @@ class CheckpointFolder:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if error.errno == errno.ENOSPC:
             reason = f"{error.strerror}: {gib(shutil.disk_usage(self.directory).free)} are free"
-        return f"checkpoint {path} could not be written ({reason}). {kept} Free some disk space, then resume the run."
+        again = "resume the run" if older else "start again"
+        return f"checkpoint {path} could not be written ({reason}). {kept} Free some disk space, then {again}."
 
 
 def load(path: Path) -> Checkpoint:

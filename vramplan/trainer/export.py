@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
-from ..errors import ConfigError, DataError, Problem
+from ..device import process_lives
+from ..errors import ConfigError, DataError, Problem, Stopped
 from ..planner.shape import GPT2_VOCAB, Shape
 from .checkpoint import Checkpoint, fitting
 from .gpt2 import check_gpt2_layout, gpt2_names
+from .interrupt import StopAtOnce, StopSignal
 from .memory_errors import out_of_memory
+from .metrics import read_metrics
 from .nanogpt import nanogpt_checkpoint
+from .rundir import RunDirectory
 from .sample import find_checkpoint
 
 END_OF_TEXT = GPT2_VOCAB - 1
@@ -62,6 +67,7 @@ def export(run_dir: str | Path, form: str, out: Path, *, best: bool = False) -> 
     path, checkpoint = find_checkpoint(
         run_dir, lambda damaged, why: notes.append(f"{damaged.name} {why}: passed over"), best=best
     )
+    checkpoint = _with_own_evaluation(checkpoint, RunDirectory(run_dir))
     if not all(bool(t.sum(dtype=torch.float32).isfinite()) for t in checkpoint.model.values()):
         rule = "holds weights that are not numbers: the run had diverged"
         raise DataError(Problem("checkpoint", str(path), rule, "start a new run with a lower learning_rate"))
@@ -188,26 +194,54 @@ def _check_free(out: Path) -> None:
         raise ConfigError(Problem("--out", str(out), "already exists", "name another, or remove it"))
 
 
+def _with_own_evaluation(checkpoint: Checkpoint, run: RunDirectory) -> Checkpoint:
+    """A checkpoint is saved before the evaluation of its step, whose loss may be the best so far."""
+    found = [e for e in read_metrics(run.metrics) if e["kind"] == "evaluation" and e["step"] <= checkpoint.step]
+    return replace(checkpoint, best_val_loss=found[-1]["best_val_loss"]) if found else checkpoint
+
+
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A name beside ``out`` for a file or directory, which is renamed once it is on the disk, or else removed."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in _files(temporary):
-            with file.open("rb+") as f:
-                os.fsync(f.fileno())
-        _check_free(out)  # it may have come into being meanwhile
-        temporary.rename(out)
+        _sweep(out)
+        with StopSignal() as stop:
+            yield temporary
+            for file in _files(temporary):
+                file.chmod(0o666 & ~_umask())  # safetensors' own are for their owner only
+                with file.open("rb+") as f:
+                    os.fsync(f.fileno())
+            if stop.number is not None:
+                raise Stopped(f"stopped by {stop.name}: {out} was not written", stop.number)
+            _check_free(out)  # it may have come into being meanwhile
+            temporary.rename(out)
+    except StopAtOnce as now:
+        raise Stopped(f"stopped at once by {now}: {out} was not written", now.number) from None
     except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's when the disk is full
         if out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(Problem("--out", str(out), f"cannot be written ({reason})")) from None
+        remedy = "free some space if the disk is full, or name another place"
+        raise ConfigError(Problem("--out", str(out), f"cannot be written ({reason})", remedy)) from None
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to the same place left behind that were killed."""
+    for old in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        number = old.name.split(".")[-2]
+        if number.isdecimal() and not process_lives(int(number)):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _files(path: Path) -> list[Path]:

@@ -278,7 +278,7 @@ class _Trainer:
             self.emit(StopRequested(signal_name=self.stop.name))
 
     def _checkpoint_due(self) -> bool:
-        last = self.step == self.total_steps or self.recorder.hours_used
+        last = self.step >= self.total_steps or self.recorder.hours_used
         return last or self.step % self.config.train.checkpoint_interval == 0
 
     def _save(self) -> Path:
@@ -315,7 +315,7 @@ class _Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at every ``eval_interval``, at step 0 and at the end, once. Step 0 shows early that it fits."""
-        due = self.step % self.config.train.eval_interval == 0 or self.step == self.total_steps
+        due = self.step % self.config.train.eval_interval == 0 or self.step >= self.total_steps
         due = due or self.recorder.hours_used
         if not due or self.recorder.evaluated_step == self.step:
             return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, Problem
 from ..planner.shape import GPT2_VOCAB
 from ..planner.step import DeviceKind
 from ..runconfig import RunConfig
@@ -20,7 +21,7 @@ from .gpt2 import EMBEDDING, HEAD, check_gpt2_layout, gpt2_names
 from .memory_errors import out_of_memory
 from .model import GPT
 from .nanogpt_file import NO_VALIDATION_LOSS, NanoGPTFile, is_plain, listed, read_nanogpt, refusal
-from .optimizer import build_optimizer
+from .optimizer import MASTERS, build_optimizer
 from .rundir import RunDirectory
 
 _SETTINGS: dict[str, tuple[str, str, Any]] = {
@@ -86,7 +87,7 @@ def _plain_adamw(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | 
     """
     saved = checkpoint.optimizer
     if config.step.optimizer in ("adamw-fused", "adamw-foreach", "adamw-offload"):
-        return {name: saved[name] for name in ("state", "param_groups")}
+        return {name: value for name, value in saved.items() if name != MASTERS}
     if config.step.optimizer != "adamw-in-backward":
         return None
     ends = [0, *(len(group) for group in _grouped(gpt2_names(config.shape), checkpoint.model))]
@@ -111,14 +112,17 @@ class Imported:
 
 
 def import_run(
-    path: Path, run_dir: str | Path, *, device: DeviceKind | None = None, max_steps: int | None = None
+    path: str | Path, run_dir: str | Path, *, device: DeviceKind | None = None, max_steps: int | None = None
 ) -> Imported:
     """Make a run directory of a nanoGPT checkpoint, to be sampled, exported, and trained on from the start of a text.
 
     ``device`` and ``max_steps`` take the place of the file's. Raises DataError or ConfigError, before anything is
     written, when the file is damaged, contains code, or is no nanoGPT checkpoint, or when ``run_dir`` holds a run.
     """
-    file = read_nanogpt(path)
+    file = read_nanogpt(Path(path))
+    if max_steps is not None and max_steps <= file.step:
+        rule = f"is not beyond the {file.step} steps that the file has done"
+        raise ConfigError(Problem("--max-steps", max_steps, rule, "use more, or leave it out"))
     config, notes = _configured(file, device, max_steps)
     model, t = _model(file, config), config.train
     optimizer = build_optimizer(

@@ -56,6 +56,10 @@ def refusal(path: Path, rule: str, remedy: str = "") -> DataError:
     return DataError(Problem("checkpoint", str(path), rule, remedy))
 
 
+LARGEST_STEP = 2**40
+"""Steps that no run has done."""
+
+
 def read_nanogpt(path: Path) -> NanoGPTFile:
     """Read it onto the CPU. Raises DataError when it is damaged, contains code, or is something else."""
     content = _unpickled(path)
@@ -63,7 +67,7 @@ def read_nanogpt(path: Path) -> NanoGPTFile:
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise refusal(path, f"is not a nanoGPT checkpoint: it has no proper {', '.join(wrong)}")
-    if not 0 <= content["iter_num"] < 2**53:
+    if type(content["iter_num"]) is not int or not 0 <= content["iter_num"] < LARGEST_STEP:
         raise refusal(path, "is not a nanoGPT checkpoint: its iter_num is impossible")
     settings = content.get("config")
     settings = settings if isinstance(settings, Mapping) else {}

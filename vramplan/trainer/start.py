@@ -113,7 +113,7 @@ def _shards_of_run(
             raise DataError(_another(data, shards.manifest.source or "another"))
         else:
             return shards, []
-    if not problems:
+    if not problems and run.facts.exists():
         problems = [Problem("run_dir", str(run.facts), "does not say which shards the run used")]
     return None, problems
 

@@ -239,7 +239,7 @@ class _Worker:
             while (line := self._lines.get()) is not None:
                 tracker.log(*line)
             tracker.finish()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             self._news.put(TrackingStopped(tracker=self.name, reason=_words(error)))
 
     def put(self, line: tuple[int, Values] | None) -> None:
