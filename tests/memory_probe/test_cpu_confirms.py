@@ -370,7 +370,8 @@ needs_a_compiler = pytest.mark.skipif(
 )
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_a_compiled_step_needs_what_the_compiled_table_says(options: dict[str, Any], settings: dict[str, Any]) -> None:
-    shape = replace(Shape(n_layer=3, n_head=4, n_embd=128, vocab_size=2048, block_size=128), **options)
+    n_layer = 2 + (settings == {"loss": "full"})  # each layer takes the compiler seconds
+    shape = replace(Shape(n_layer=n_layer, n_head=4, n_embd=128, vocab_size=2048, block_size=128), **options)
     step = replace(STEP, batch_size=8, compile=True, **settings)
     torch._dynamo.reset()
     assert estimate(shape, step).peak_allocated_bytes == pytest.approx(allocator_peak(shape, step), rel=0.02)

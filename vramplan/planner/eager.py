@@ -214,6 +214,8 @@ class EagerStep(LossRows):
         def backward(grads: list[Memory]) -> Sequence[Memory]:
             before, backward_phase = self.taken(), self.tape.phase
             self.tape.phase = phase or backward_phase
+            if phase and self.r != self.e:  # the block's last sum needs nothing recomputed, and comes first
+                self.branch_gradient = self.new_branch_gradient()
             self.stop_at = last
             given = Node([], self._nothing, [], [()])
             y = function(Tensor(again.pop(), given, 0))

@@ -22,6 +22,8 @@ class Operations(StateRows):
     kept_gradients: list[Memory]
     stop_at = ""
     """While something is recomputed: its last product, which is not repeated."""
+    branch_gradient: Memory = ()
+    """A branch's gradient that is there before the branch is recomputed."""
 
     # ---------------------------------------------------------------- parameters
 
@@ -187,6 +189,10 @@ class Operations(StateRows):
 
     # ---------------------------------------------------------------- residual stream
 
+    def new_branch_gradient(self) -> Memory:
+        """The stream's gradient as a narrower branch takes it."""
+        return self.new("gradient of a branch", "temporaries", self.e * self.h * self.N)
+
     def residual(self, x: Tensor, branch: Tensor, row: Row | None = None) -> Tensor:
         """x + branch, as another instance of ``row`` if that is given."""
         out: Memory = ()
@@ -199,7 +205,8 @@ class Operations(StateRows):
             """Both get the same tensor, except where the branch is narrower."""
             if self.r == self.e:
                 return [grad, grad]
-            return [grad, self.new("gradient of a branch", "temporaries", self.e * self.h * self.N)]
+            branch, self.branch_gradient = self.branch_gradient or self.new_branch_gradient(), ()
+            return [grad, branch]
 
         return self.result(out, [x, branch], backward)
 

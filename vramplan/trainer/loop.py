@@ -316,7 +316,7 @@ class _Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate at every ``eval_interval``, at step 0 and at the end, once. Step 0 shows early that it fits."""
         due = self.step % self.config.train.eval_interval == 0 or self.step >= self.total_steps
-        due = due or self.recorder.hours_used
+        due = due or (self.recorder.hours_used and self.saved_step == self.step)
         if not due or self.recorder.evaluated_step == self.step:
             return
         start = time.perf_counter()
