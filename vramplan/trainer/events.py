@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,15 +212,15 @@ class Finished(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuardEvent(Event):
+class GuardEvent(Event, ABC):
     """Something was done so that the run goes on, after ``step`` steps."""
 
     step: int
 
     @property
+    @abstractmethod
     def words(self) -> str:
         """What happened, in a sentence without its full stop."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

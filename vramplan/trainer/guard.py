@@ -2,8 +2,8 @@
 
 A step that failed has changed no weight: optimizer states exist before step 0, so the update asks for nothing new, and
 it is the last thing a step does. Its gradients are dropped, the data goes back to where the step began, the micro-batch
-becomes a proper divisor of itself and accumulation grows by the same factor. So tokens per step and the order of the
-data stay exactly as they were; only sums are formed in another order. The split never grows back by itself.
+becomes the next smaller divisor of the configured one and accumulation grows by the same factor. So tokens per step and
+the order of the data stay exactly as they were; only sums are formed in another order. It never grows back by itself.
 
 This trainer runs on one device, so there are no other ranks that would have to agree.
 """
