@@ -40,15 +40,6 @@ from vramplan.trainer.rundir import RunDirectory
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bit-exact losses need a fixed number of threads; the subprocesses below use one as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config(*, step=None, **train_section) -> RunConfig:
     settings = {
         "max_steps": 12, "warmup_steps": 2, "learning_rate": 1e-2, "min_learning_rate": 1e-3, "log_interval": 1,
@@ -57,11 +48,6 @@ def config(*, step=None, **train_section) -> RunConfig:
     shape = Shape(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=16)
     how = {"batch_size": 2, "grad_accum": 2, "dtype": "float32", "optimizer": "adamw-foreach", "device": "cpu"}
     return RunConfig.build(shape, StepConfig(**how | (step or {})), train=settings | train_section)
-
-
-@pytest.fixture
-def shards(make_shards, learnable_tokens):
-    return make_shards(train=learnable_tokens(2001), val=learnable_tokens(300, seed=1))
 
 
 def run(shards, run_dir, cfg=None, **options):

@@ -50,14 +50,6 @@ class Run:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("optimizer", "dtype"), EVERY)
 def test_the_loss_falls(optimizer: Optimizer, dtype: Any) -> None:
     results = Run(optimizer, dtype).steps(40)

@@ -35,14 +35,6 @@ HALF_LIMIT = 0.02
 EIGHT_BIT = "adamw8bit"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def without_inductor(monkeypatch):
     """Graphs are captured and differentiated as ever, without the minute that inductor takes for their kernels."""

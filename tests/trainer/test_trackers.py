@@ -13,41 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny import config
 
 from vramplan.cli import main
 from vramplan.errors import ConfigError
 from vramplan.planner.shape import Shape
-from vramplan.planner.step import StepConfig
 from vramplan.runconfig import RunConfig
 from vramplan.trainer import trackers as module
 from vramplan.trainer.events import Finished, SpikeSeen, StepLogged, TrackingStarted, TrackingStopped
 from vramplan.trainer.loop import train
 from vramplan.trainer.metrics import read_metrics
 from vramplan.trainer.trackers import Tracking, build_trackers
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bit-exact losses need a fixed number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def config(**train_section) -> RunConfig:
-    settings = {
-        "max_steps": 12, "warmup_steps": 2, "learning_rate": 1e-2, "min_learning_rate": 1e-3, "log_interval": 1,
-        "eval_interval": 4, "checkpoint_interval": 4, "eval_batches": 2, "seed": 7,
-    }  # fmt: skip
-    shape = Shape(n_layer=1, n_head=2, n_embd=16, vocab_size=64, block_size=16)
-    step = StepConfig(batch_size=2, grad_accum=2, dtype="float32", optimizer="adamw-foreach", device="cpu")
-    return RunConfig.build(shape, step, train=settings | train_section)
-
-
-@pytest.fixture
-def shards(make_shards, learnable_tokens):
-    return make_shards(train=learnable_tokens(2001), val=learnable_tokens(300, seed=1))
 
 
 def tracked_run(shards, run_dir, trackers, *, stop_after=None, **options):
