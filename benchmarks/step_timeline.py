@@ -11,17 +11,16 @@ import argparse
 import re
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vramplan.planner.gpu import budget, find_gpu
-from vramplan.planner.memory import Estimate, estimate
+from vramplan.planner.memory import estimate
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
-from vramplan.planner.tape import CATEGORIES
+from vramplan.planner.timeline import GROUPS, WIDTHS, step_timeline
 from vramplan.units import GIB
 
 CARD = "4070"
@@ -42,66 +41,37 @@ STYLE = {
     "figure.facecolor": "white",
 }
 COLOURS = {  # from the bottom up
-    "workspace": "#555555", "inputs": "#999999", "weights": "#4477aa", "optimizer": "#66ccee", "gradients": "#228833",
-    "activations": "#ccbb44", "logits_and_loss": "#ee6677", "temporaries": "#aa3377",
+    "workspace": "#555555", "weights": "#4477aa", "optimizer": "#66ccee", "gradients": "#228833",
+    "activations": "#ccbb44", "logits and loss": "#ee6677", "temporaries": "#aa3377",
 }  # fmt: skip
 PHASES = {
     "forward": "#66ccee", "loss forward": "#4477aa", "loss backward": "#ee6677", "block backward": "#ccbb44",
     "embedding backward": "#228833", "optimizer step": "#aa3377",
 }  # fmt: skip
-WIDTHS = (6, 4, 4, 6, 3, 3)
-"""Of the phases in the first picture. They are neither times nor numbers of allocations: all must be seen."""
 MOMENTS = 9
 """Drawn for each unit of width."""
-
-
-Moment = dict[str, float]
-"""GiB per category."""
-
-
-def timeline(full: Estimate) -> dict[str, list[Moment]]:
-    """What is there after each allocation and release, for each phase of the step (not of the evaluation before it)."""
-    live = dict.fromkeys((str(c) for c in CATEGORIES), 0)
-    phases: dict[str, list[Moment]] = {phase: [] for phase in PHASES}
-    for change in full.changes:
-        size = int(change.row.size)
-        live[change.row.category] += size if change.alloc else -size
-        if change.phase in phases:
-            phases[change.phase].append({category: total / GIB for category, total in live.items()})
-    return phases
-
-
-def thinned(moments: list[Moment], most: int) -> list[Moment]:
-    """At most so many: of each stretch the highest."""
-    edges = np.unique(np.linspace(0, len(moments), most + 1).astype(int))
-    return [max(moments[i:j], key=total) for i, j in pairwise(edges)]
-
-
-def total(moment: Moment) -> float:
-    return sum(moment.values())
 
 
 def draw_timeline(pyplot: Any, path: Path) -> None:
     card = find_gpu(CARD)
     figure, panels = pyplot.subplots(2, 1, figsize=(9, 8), sharex=True, sharey=True, layout="constrained")
-    starts = np.cumsum([0, *WIDTHS])
+    starts = np.cumsum([0, *WIDTHS.values()])
     for panel, (title, step) in zip(panels, STEPS.items(), strict=False):
         full = estimate(SHAPE, replace(step, batch_size=BATCH), card)
         room = (budget(card).budget_bytes - full.context_bytes) / GIB
         x: list[float] = []
-        moments: list[Moment] = []
-        for start, width, found in zip(starts, WIDTHS, timeline(full).values(), strict=False):
-            few = thinned(found, MOMENTS * width)
-            moments += few
-            x += [start + width * i / len(few) for i in range(len(few))]
+        moments: list[list[float]] = []
+        for start, part in zip(starts, step_timeline(full, MOMENTS), strict=False):
+            x += [start + part.width * i / len(part.moments) for i in range(len(part.moments))]
+            moments += [[size / GIB for size in moment] for moment in part.moments]
         x.append(starts[-1])
         moments.append(moments[-1])
         panel.stackplot(
-            x, *([m[c] for m in moments] for c in COLOURS), colors=list(COLOURS.values()), step="post", linewidth=0,
-            labels=[c.replace("_", " ") for c in COLOURS],
+            x, *zip(*moments, strict=True), colors=[COLOURS[name] for name, _ in GROUPS], step="post", linewidth=0,
+            labels=[name for name, _ in GROUPS],
         )  # fmt: skip
-        top = max(range(len(moments)), key=lambda i: total(moments[i]))
-        height = total(moments[top])
+        top = max(range(len(moments)), key=lambda i: sum(moments[i]))
+        height = sum(moments[top])
         panel.axhline(room, color="black", linestyle="--", linewidth=1)
         panel.text(0.2, room + 0.2, f"what an RTX {CARD} has left beside desktop and CUDA context: {room:.1f} GiB")
         panel.annotate(
