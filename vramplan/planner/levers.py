@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from .allocator_settings import AllocatorSettings
+from .evidence import NO_EVIDENCE
 from .gpu import Gpu
-from .memory import estimate
-from .risk import needed_for
+from .memory import context_bytes, estimate, peak_allocated
+from .risk import needed_bytes, needed_for
 from .shape import Shape, divisors
 from .speed import tokens_per_second
 from .step import CHECKPOINTING_WORDS, DType, StepConfig, check_step
@@ -29,8 +32,9 @@ class Lever:
     """One change to a configuration.
 
     ``saved_bytes`` may be negative; ``speed_ratio`` is tokens/s after over before (None without a card);
-    ``largest_batch`` is the largest batch_size dividing the step's sequences that fits the budget (0: none).
-    ``changes_result`` says whether the optimisation itself changes (tokens per step, context length, numerics).
+    ``largest_batch`` is the largest batch_size dividing the step's sequences that fits the budget (0: none; None: not
+    looked for). ``changes_result`` says whether the optimisation itself changes (tokens per step, context length,
+    numerics).
     """
 
     name: str
@@ -39,12 +43,17 @@ class Lever:
     process_bytes: int
     saved_bytes: int
     speed_ratio: float | None
-    largest_batch: int
+    largest_batch: int | None
     changes_result: bool
 
 
-def levers(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> list[Lever]:
-    """Every single change that is legal for this configuration, most memory saved first."""
+def levers(
+    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float, *, batches: bool = True
+) -> list[Lever]:
+    """Every single change that is legal for this configuration, most memory saved first.
+
+    Without ``batches`` the largest batch of each is not looked for, which takes most of the time.
+    """
     base = estimate(shape, step, gpu).process_bytes
     speed = tokens_per_second(shape, step, gpu) if gpu is not None else None
     found = []
@@ -53,13 +62,13 @@ def levers(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, m
             continue
         process = estimate(other_shape, other, gpu).process_bytes
         ratio = float(tokens_per_second(other_shape, other, gpu) / speed) if gpu is not None else None
-        batch = largest_batch(other_shape, other, gpu, budget_bytes, max_risk)
+        batch = largest_batch(other_shape, other, gpu, budget_bytes, max_risk) if batches else None
         found.append(Lever(name, other_shape, other, process, base - process, ratio, batch, changes))
     if step.device == "cuda":
         settings = AllocatorSettings(expandable_segments=True)
         process = estimate(shape, step, gpu, settings).process_bytes
         if process < base:
-            batch = largest_batch(shape, step, gpu, budget_bytes, max_risk, settings)
+            batch = largest_batch(shape, step, gpu, budget_bytes, max_risk, settings) if batches else None
             found.append(Lever(EXPANDABLE, shape, step, process, base - process, None, batch, False))
     return sorted(found, key=lambda lever: -lever.saved_bytes)
 
@@ -104,14 +113,23 @@ def largest_batch(
 ) -> int:  # fmt: skip
     """Largest batch_size that divides the step's sequences and fits the budget; 0 when not even 1 does."""
     sequences = step.batch_size * step.grad_accum
-    legal = divisors(sequences)
-
-    def fits(b: int) -> bool:
+    for b in reversed(_hopeful(shape, step, gpu, budget_bytes, max_risk)):
         full = estimate(shape, replace(step, batch_size=b, grad_accum=sequences // b), gpu, settings)
-        return needed_for(full, max_risk) <= budget_bytes
+        if needed_for(full, max_risk) <= budget_bytes:
+            return b
+    return 0
 
-    low, high = 0, len(legal)  # memory grows with the batch: bisect
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if fits(legal[middle]) else (low, middle)
-    return legal[low - 1] if low else 0
+
+def _hopeful(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> list[int]:
+    """Batch sizes whose tensors alone fit, by the closed form: what the allocator adds is not counted yet."""
+    sequences = int(step.batch_size * step.grad_accum)
+    legal = np.array(divisors(sequences), dtype=np.int64)
+    evidence = gpu.evidence if gpu else NO_EVIDENCE
+    found: list[int] = []
+    for part in (legal[legal < sequences], legal[legal == sequences]):
+        if len(part):
+            several = replace(step, batch_size=part, grad_accum=sequences // part)
+            allocated = peak_allocated(shape, several, gpu)
+            needed = needed_bytes(allocated + context_bytes(gpu, step.device), step, max_risk, evidence)
+            found += part[np.broadcast_to(needed <= budget_bytes, part.shape)].tolist()
+    return found

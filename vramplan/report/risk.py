@@ -1,33 +1,37 @@
-"""The OOM-risk report: what a plan or run needs, what dominates, and what each lever would change."""
+"""The OOM-risk report's data: what a plan or run needs, when, how surely it fits, and what each change would do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from ..planner.card_memory import Held, Part, card_memory
+from ..planner.evidence import Residual
 from ..planner.gpu import Gpu
 from ..planner.levers import Lever, largest_batch, levers
-from ..planner.memory import Estimate, estimate
+from ..planner.memory import Estimate, TensorBytes, estimate
 from ..planner.repair import Repair, smallest_repair
-from ..planner.risk import OomRisk, needed_for, risk_of
+from ..planner.risk import OomRisk, mode_of, needed_for, risk_of
 from ..planner.shape import Shape
+from ..planner.speed import matmul_dtype, mfu, tokens_per_second
 from ..planner.step import StepConfig
-from ..units import gib, gib_needed
-from .console import console
-from .plans import between, breakdown_table, percent
+from ..planner.timeline import GROUPS, Stretch, step_timeline
+from ..planner.ways import Way, ways
+from ..units import gib
+from .plans import between, percent
+
+TOP_TENSORS = 10
+"""Of those alive at the peak, how many are listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RiskReport:
-    """All data of the report in one place; text and JSON are read from it.
+    """All data of the report in one place; text, JSON and HTML are read from it.
 
-    ``measured`` holds what a run recorded: ``peak_allocated_bytes``, ``peak_reserved_bytes`` (None on a CPU).
+    ``largest_batch``, ``repair`` and ``ways`` are left empty in a quick report. ``evidence`` are the measurements of
+    this workload and mode on the card's architecture. ``measured`` holds what a run recorded (:mod:`..cli.subject`).
     """
 
     title: str
@@ -39,48 +43,104 @@ class RiskReport:
     estimate: Estimate
     risk: OomRisk
     needs_bytes: int
-    largest_batch: int
-    repair: Repair | None
+    tokens_per_second: float | None
+    mfu: float | None
+    card: tuple[Part, ...]
+    timeline: tuple[Stretch, ...]
+    evidence: tuple[Residual, ...]
     levers: tuple[Lever, ...]
+    largest_batch: int | None
+    repair: Repair | None
+    ways: tuple[Way, ...]
     measured: Mapping[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the risk is within the limit."""
+        return self.needs_bytes <= self.budget_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the budget has beyond the need; negative where it lacks something."""
+        return self.budget_bytes - self.estimate.process_bytes
+
+    @property
+    def top_tensors(self) -> tuple[TensorBytes, ...]:
+        """The largest tensors alive at the peak."""
+        return self.estimate.alive_at_peak[:TOP_TENSORS]
+
+    @property
+    def verdict(self) -> str:
+        """Will it fit, how sure is that, and on what evidence; one sentence."""
+        verb = "fits" if self.fits else "does not fit"
+        need = f"{gib(self.estimate.process_bytes)} expected of {gib(self.budget_bytes)}"
+        odds = f"the risk of running out is {percent(self.risk.probability)}{between(self.risk)}"
+        n = self.risk.measurements
+        known = (
+            f"by {n} measured configuration{'s' * (n > 1)}" if n else "by a stated margin: nothing measured here yet"
+        )
+        return f"It {verb}: {need}; {odds} (limit {percent(self.max_risk)}), {known}."
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
             "title": self.title,
+            "verdict": self.verdict,
+            "fits": self.fits,
             "gpu": self.gpu.name if self.gpu else None,
             "budget_bytes": self.budget_bytes,
-            "headroom_bytes": self.budget_bytes - self.estimate.process_bytes,
+            "headroom_bytes": self.headroom_bytes,
             "max_risk": self.max_risk,
             **self.risk.as_dict(),
             "needs_bytes": self.needs_bytes,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
             "largest_batch": self.largest_batch,
             "estimate": self.estimate.as_dict(),
-            "top_tensors": [
-                {"name": t.name, "category": t.category, "bytes": t.n_bytes} for t in self.estimate.alive_at_peak[:10]
-            ],
+            "top_tensors": [{"name": t.name, "category": t.category, "bytes": t.n_bytes} for t in self.top_tensors],
+            "card": [part.as_dict() for part in self.card],
+            "timeline": {
+                "groups": [name for name, _ in GROUPS],
+                "phases": [{"phase": s.phase, "moments": [list(m) for m in s.moments]} for s in self.timeline],
+            },
+            "evidence": [_residual_dict(residual) for residual in self.evidence],
             "repair": None if self.repair is None else self.repair.as_dict(),
-            "levers": [
-                {
-                    "name": lever.name,
-                    "process_bytes": lever.process_bytes,
-                    "saved_bytes": lever.saved_bytes,
-                    "speed_ratio": lever.speed_ratio,
-                    "largest_batch": lever.largest_batch,
-                    "changes_result": lever.changes_result,
-                }
-                for lever in self.levers
-            ],
+            "levers": [_lever_dict(lever) for lever in self.levers],
+            "ways": [way.as_dict() for way in self.ways],
             "measured": dict(self.measured),
         }
 
 
+def measured_bytes(residual: Residual) -> int:
+    """What a measured process needed; at least that, where it ran out."""
+    return round(residual.expected_bytes * (1 + residual.error))
+
+
+def _residual_dict(residual: Residual) -> dict[str, Any]:
+    return {
+        "expected_bytes": residual.expected_bytes, "measured_bytes": measured_bytes(residual),
+        "error": residual.error, "at_least": residual.at_least,
+    }  # fmt: skip
+
+
+def _lever_dict(lever: Lever) -> dict[str, Any]:
+    names = ("name", "process_bytes", "saved_bytes", "speed_ratio", "largest_batch", "changes_result")
+    return {name: getattr(lever, name) for name in names}
+
+
 def build_report(
     title: str, shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
-    measured: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None, *, total_bytes: int | None = None, held: Sequence[Held] = (),
+    quick: bool = False,
 ) -> RiskReport:  # fmt: skip
-    """Compute everything the report shows."""
+    """Compute everything the report shows.
+
+    ``total_bytes`` is what there is before something is kept back (the budget unless given), ``held`` the other
+    processes of the live card. ``quick`` leaves out what takes more than a tenth of a second.
+    """
     full = estimate(shape, step, gpu)
+    needs = math.ceil(needed_for(full, max_risk))
+    rate = float(tokens_per_second(shape, step, gpu)) if gpu is not None else None
     return RiskReport(
         title=title,
         shape=shape,
@@ -90,76 +150,15 @@ def build_report(
         max_risk=max_risk,
         estimate=full,
         risk=risk_of(full, budget_bytes),
-        needs_bytes=math.ceil(needed_for(full, max_risk)),
-        repair=smallest_repair(shape, step, gpu, budget_bytes, max_risk)
-        if needed_for(full, max_risk) > budget_bytes
-        else None,
-        largest_batch=largest_batch(shape, step, gpu, budget_bytes, max_risk),
-        levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk)),
+        needs_bytes=needs,
+        tokens_per_second=rate,
+        mfu=float(mfu(shape, rate, gpu, matmul_dtype(step, gpu))) if gpu is not None and rate else None,
+        card=card_memory(gpu, max(total_bytes or 0, budget_bytes), budget_bytes, full, held),
+        timeline=step_timeline(full),
+        evidence=gpu.evidence.of(step.workload, mode_of(step)) if gpu else (),
+        levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk, batches=not quick)),
+        largest_batch=None if quick else largest_batch(shape, step, gpu, budget_bytes, max_risk),
+        repair=None if quick or needs <= budget_bytes else smallest_repair(shape, step, gpu, budget_bytes, max_risk),
+        ways=() if quick else ways(shape, step, gpu, budget_bytes, max_risk),
         measured=measured or {},
     )
-
-
-def print_report(report: RiskReport, out: Console | None = None) -> None:
-    """The report in the terminal."""
-    out = out or console()
-    full, fits = report.estimate, report.risk.probability <= report.max_risk
-    out.print(f"[bold]OOM-risk report[/] {escape(report.title)}")
-    verdict = "[green]fits[/]" if fits else "[red]does not fit[/]"
-    risk = f"OOM risk {percent(report.risk.probability)}{between(report.risk)} (limit {percent(report.max_risk)})"
-    out.print(f"  It {verdict}: {gib(full.process_bytes)} of {gib(report.budget_bytes)}, {risk}.")
-    out.print(f"  [dim]{report.risk.reason}[/]")
-    needs = f"needs at least {gib_needed(report.needs_bytes)} free"
-    out.print(f"  headroom   {gib(report.budget_bytes - full.process_bytes)}; {needs}\n")
-    out.print(breakdown_table(full, report.budget_bytes))
-    top = full.alive_at_peak
-    out.print(f"  The peak, {gib(full.peak_allocated_bytes)} allocated, comes during {full.peak_phase}. Largest then:")
-    for row in top[:5]:
-        share = row.n_bytes / full.peak_allocated_bytes
-        out.print(f"    {gib(row.n_bytes):>10}  {share:>4.0%}  {row.name} ({row.category.replace('_', ' ')})")
-    phases = ", ".join(f"{name} {gib(size)}" for name, size in full.phase_peaks.items() if name != "persistent")
-    out.print(f"  By phase: {phases}.")
-    if report.repair is not None:
-        out.print(f"  Smallest change that fits: {report.repair.sentence()}.")
-    elif not fits:
-        out.print("  No other way to run the same optimizer step fits: a smaller model or block_size, or another card.")
-    out.print(_lever_table(report))
-    out.print("  * changes the optimisation itself (numerics or context length).")
-    out.print(
-        "  The largest batch divides the step's sequences; (all) is the whole step at once, without accumulation."
-    )
-    _print_measured(out, report)
-
-
-def _lever_table(report: RiskReport) -> Table:
-    table = Table(title="\nLevers, one at a time", title_justify="left", box=None, padding=(0, 2))
-    for name in ("change", "needs", "saves", "speed", "largest batch"):
-        table.add_column(name, justify="left" if name == "change" else "right", no_wrap=True)
-    table.add_row("as it is", gib(report.estimate.process_bytes), "", "", _batch(report.largest_batch, report.step))
-    for lever in report.levers:
-        speed = "n/a" if lever.speed_ratio is None else f"{lever.speed_ratio:.2f}x"
-        largest = _batch(lever.largest_batch, lever.step)
-        name = f"{lever.name}{' *' if lever.changes_result else ''}"
-        saved = f"{'-' if lever.saved_bytes < 0 else ''}{gib(abs(lever.saved_bytes))}"
-        table.add_row(name, gib(lever.process_bytes), saved, speed, largest)
-    return table
-
-
-def _batch(largest: int, step: StepConfig) -> str:
-    """The largest batch in words: it divides the step's sequences, so the whole step is the most there is."""
-    if largest == step.batch_size * step.grad_accum:
-        return f"{largest} (all)"
-    return str(largest) if largest else "none fits"
-
-
-def _print_measured(out: Console, report: RiskReport) -> None:
-    if not report.measured:
-        return
-    allocated = report.measured.get("peak_allocated_bytes")
-    if allocated is None:
-        out.print(
-            "\n  Measured: a CPU run records no peak; `estimate` counts tensors that a CPU pass confirms in the tests."
-        )
-        return
-    error = report.estimate.peak_allocated_bytes / allocated - 1
-    out.print(f"\n  Measured: {gib(allocated)} allocated; the estimate is {error:+.2%} off.")

@@ -1,0 +1,168 @@
+"""Charts as SVG: a step's memory over time, ways to run it by memory and speed, and a run's losses.
+
+Colours are names of CSS variables, which the page defines for light and dark (:data:`GROUP_COLOURS`). Every chart has a
+table beside it on the page.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..planner.timeline import GROUPS
+from ..units import GIB, count, gib
+from .risk import RiskReport
+
+if TYPE_CHECKING:
+    import pygal
+
+GROUP_COLOURS = {
+    "context": "--context", "workspace": "--workspace", "weights": "--weights", "optimizer": "--optimizer",
+    "gradients": "--gradients", "activations": "--activations", "logits and loss": "--logits",
+    "temporaries": "--temporaries",
+}  # fmt: skip
+"""CSS variables. Their values are Paul Tol's bright scheme, which colour-blind readers can tell apart
+(sronpersonalpages.nl/~pault, 2021)."""
+
+WIDTH, HEIGHT = 900, 400
+SHORT = {"embedding backward": "embedding", "optimizer step": "optimizer"}
+"""Names of phases that are wider than their share of the chart; the table has them whole."""
+Points = list[tuple[float, float] | None]
+
+
+def timeline_chart(report: RiskReport) -> str:
+    """What is alive in the course of one step, stacked by category over the context, against the budget."""
+    base = report.estimate.context_bytes / GIB
+    x: list[float] = []
+    stacks: list[list[float]] = []
+    middles, edges = [], []
+    at = 0.0
+    for stretch in report.timeline:
+        edges.append(at)
+        middles.append({"label": SHORT.get(stretch.phase, stretch.phase), "value": at + stretch.width / 2})
+        for i, moment in enumerate(stretch.moments):
+            x.append(at + stretch.width * i / len(stretch.moments))
+            levels = [base]
+            for size in moment:
+                levels.append(levels[-1] + size / GIB)
+            stacks.append(levels)
+        at += stretch.width
+    x.append(at)
+    budget = report.budget_bytes / GIB
+    highest = max(range(len(stacks)), key=lambda i: stacks[i][-1])
+    top = max(budget, stacks[highest][-1]) * 1.08
+    names = ("context", *(name for name, _ in GROUPS))
+    colours = [GROUP_COLOURS[name] for name in reversed(names)] + ["--edge", "--budget", "--ink"]
+    chart = _xy("memory-timeline", colours, y_title="GiB", range=(0, top), xrange=(0, at), x_labels=middles)
+    chart.y_labels = _ticks(top)
+    for level in reversed(range(len(names))):  # the whole stack first, then what lies before it
+        chart.add(names[level], _steps(x, [stack[level] for stack in stacks]), fill=True, show_dots=False)
+    verticals: Points = [point for edge in edges[1:] for point in ((edge, 0.0), (edge, top), None)]
+    chart.add("phases", verticals, show_dots=False, stroke_style={"width": 1})
+    chart.add("budget", [(0, budget), (at, budget)], show_dots=False, stroke_style={"width": 2, "dasharray": "7,4"})
+    middle = (x[highest] + x[highest + 1]) / 2
+    peak = {"value": (middle, stacks[highest][-1]), "label": f"peak, with context {gib(stacks[highest][-1] * GIB)}"}
+    chart.add("peak", [peak], dots_size=4, stroke=False)
+    return _svg(chart)
+
+
+def _steps(x: Sequence[float], y: Sequence[float]) -> Points:
+    """A line that keeps each value until the next."""
+    return [point for i, value in enumerate(y) for point in ((x[i], value), (x[i + 1], value))]
+
+
+def ways_chart(report: RiskReport) -> str:
+    """Memory against expected tokens/s: the chosen way, its neighbours, and the line of those that none beats."""
+    chosen, *others = report.ways
+    front = sorted((way for way in report.ways if way.on_front), key=lambda way: way.process_bytes)
+
+    def point(way: Any) -> tuple[float, float]:
+        return way.process_bytes / GIB, way.tokens_per_second
+
+    fast = max(point(way)[1] for way in report.ways) * 1.06
+    budget = report.budget_bytes / GIB
+    far = min(max(point(way)[0] for way in report.ways), 3 * budget)
+    shown = [way for way in others if point(way)[0] <= far]
+    low = min(point(way)[1] for way in report.ways) * 0.94
+    chart = _xy(
+        "memory-and-speed", ["--front", "--weights", "--logits", "--budget", "--ink"], x_title="GiB for the process",
+        y_title="tokens/s", range=(low, fast), xrange=(0, far * 1.03), y_labels=_ticks(fast, low),
+        value_formatter=count,
+    )  # fmt: skip
+    chart.x_value_formatter = lambda x: f"{x:.0f}"
+    chart.x_labels = _ticks(far * 1.03)
+    chart.add(
+        "Pareto front",
+        [point(way) for way in front if point(way)[0] <= far],
+        show_dots=False,
+        stroke_style={"width": 2},
+    )
+    chart.add("fits", [point(way) for way in shown if way.fits], stroke=False, dots_size=4)
+    chart.add("does not fit", [point(way) for way in shown if not way.fits], stroke=False, dots_size=4)
+    chart.add("budget", [(budget, low), (budget, fast)], show_dots=False, stroke_style={"width": 2, "dasharray": "7,4"})
+    chart.add("chosen", [{"value": point(chosen), "label": "chosen"}], stroke=False, dots_size=7)
+    return _svg(chart)
+
+
+def loss_chart(
+    train: Iterable[tuple[int, float | None]], validation: Iterable[tuple[int, float | None]],
+    forecast: Sequence[tuple[float, float, float, float]] = (),
+) -> str:  # fmt: skip
+    """Losses over steps, with a forecast's middle and interval as (step, middle, low, high)."""
+    lines: list[Points] = [[(s, v) for s, v in points if v is not None] for points in (train, validation)]
+    lines.append([(s, middle) for s, middle, _, _ in forecast])
+    lines += [[(s, low) for s, _, low, _ in forecast], [(s, high) for s, _, _, high in forecast]]
+    values = [point for line in lines for point in line if point is not None]
+    if not values:
+        return ""
+    low, high = (pick(y for _, y in values) for pick in (min, max))
+    margin = 0.05 * (high - low) or 0.1
+    right = max(s for s, _ in values) or 1
+    chart = _xy(
+        "losses", ["--weights", "--logits", "--ink", "--ink", "--ink"], x_title="steps", y_title="loss",
+        range=(low - margin, high + margin), xrange=(0, right), y_labels=_ticks(high + margin, low - margin),
+    )  # fmt: skip
+    chart.x_value_formatter = count
+    chart.x_labels = _ticks(right)
+    chart.add("training", lines[0], show_dots=len(lines[0]) == 1)
+    chart.add("validation", lines[1], dots_size=3)
+    chart.add("forecast", lines[2], show_dots=False, stroke_style={"width": 2, "dasharray": "6,4"})
+    for name, line in zip(("low", "high"), lines[3:], strict=True):
+        chart.add(name, line, show_dots=False, stroke_style={"width": 1, "dasharray": "2,3"})
+    return _svg(chart)
+
+
+def _ticks(top: float, low: float = 0.0) -> list[float]:
+    """About six round numbers from the lowest to the highest."""
+    rough = (top - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next((m * power for m in (1, 2, 5, 10) if m * power >= rough), 10 * power)
+    first = -(-low // step) * step
+    return [round(first + i * step, 10) for i in range(int((top - first) / step) + 1)]
+
+
+def _xy(name: str, colours: Sequence[str], **settings: Any) -> pygal.XY:
+    import pygal
+    from pygal.style import Style
+
+    style = Style(
+        background="transparent", plot_background="transparent", foreground="var(--ink)",
+        foreground_strong="var(--ink)", foreground_subtle="var(--line)", opacity="1", opacity_hover="1",
+        colors=tuple(f"var({colour})" for colour in colours), font_family="inherit", transition="none",
+        label_font_size=13, major_label_font_size=13, title_font_size=13, value_label_font_size=14,
+        value_font_size=14,
+    )  # fmt: skip
+    chart = pygal.XY(
+        style=style, js=[], width=WIDTH, height=HEIGHT, show_legend=False, disable_xml_declaration=True,
+        allow_interruptions=True, print_labels=True, include_x_axis=False, show_y_guides=True, margin=6, **settings,
+    )  # fmt: skip
+    chart.uuid = name
+    return chart
+
+
+def _svg(chart: pygal.XY) -> str:
+    """The picture without comments (they hold a date) and links, sized by the page."""
+    text = str(chart.render(is_unicode=True))
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
