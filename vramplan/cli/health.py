@@ -1,0 +1,55 @@
+"""``health``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import rich_click as click
+
+from ..planner.gpu import find_gpu
+from .options import Count, refused
+
+
+@click.command()
+@click.argument("run", metavar="RUN|LOG")
+@click.option("--config", help="Of a log: nanoGPT's config file or command line, or our TOML.")
+@click.option("--gpu", metavar="NAME", help="Card that it ran on. [default: what the run directory says]")
+@click.option("--params", type=Count(), help="Parameters that were wanted, such as 125M.")
+@click.option("--data-tokens", type=Count(), help="Tokens of the training data, each counted once.")
+@click.option("--at", type=Count(), multiple=True, help="Forecast the loss at this step. May be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def health(
+    run: str,
+    config: str | None,
+    gpu: str | None,
+    params: int | None,
+    data_tokens: int | None,
+    at: tuple[int, ...],
+    as_json: bool,
+) -> None:
+    """Is this run healthy? True size, tokens and epochs, loss and where it is heading, MFU of your card, what is wrong.
+
+    RUN is a run directory; LOG what nanoGPT's train.py printed, or - for standard input. A log says little of the
+    configuration: --config takes nanoGPT's file, or its command line in quotation marks.
+
+    Exit code: 1 if anything is a problem, otherwise 0.
+    """
+    problems = refused()
+    card = None
+    with problems:
+        card = find_gpu(gpu) if gpu is not None else None
+    problems.finish()
+    from ..report.health import build_health
+    from ..report.run_log import read_record
+
+    record = read_record(run, config)
+    result = build_health(record, card, asked=params, unique_tokens=data_tokens, forecast_steps=tuple(sorted(set(at))))
+    if as_json:
+        click.echo(json.dumps(result.as_dict()))
+    else:
+        from ..report.health_text import print_health
+
+        print_health(result)
+    if result.verdict == "problem":
+        sys.exit(1)
