@@ -11,6 +11,9 @@ from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..runconfig import RunConfig
 
+ABOUT_A_LINE = ("kind", "step", "run_seconds", "time")
+"""What every line of the metrics has."""
+
 
 def read_subject(subject: Path, rank: int) -> tuple[Shape, StepConfig, dict[str, Any], dict[str, Any]]:
     """Shape, step, what was planned, and what a run measured. Raises ConfigError."""
@@ -35,14 +38,30 @@ def read_subject(subject: Path, rank: int) -> tuple[Shape, StepConfig, dict[str,
                 Problem("run", str(subject), "holds no run", "name a run directory, plan or configuration")
             )
         config = run.stored_config()
-        lines = [line for line in read_metrics(run.metrics) if line["kind"] == "step"]
-        measured: dict[str, Any] = {"steps": max((line["step"] for line in lines), default=0)}
-        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
-            seen = [line[name] for line in lines if line.get(name) is not None]
-            measured[name] = max(seen) if seen else None
-        return config.shape, config.step_config, config.plan.model_dump(), measured
+        return config.shape, config.step_config, config.plan.model_dump(), _measured(read_metrics(run.metrics))
     config = RunConfig.load(subject)
     return config.shape, config.step_config, config.plan.model_dump(), {}
+
+
+def _measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's metrics say about its memory: the most of all sessions, by phase, and what the guard did."""
+    steps = [line for line in lines if line["kind"] == "step"]
+    measured: dict[str, Any] = {"steps": max((line["step"] for line in steps), default=0)}
+    for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
+        seen = [line[name] for line in steps if line.get(name) is not None]
+        measured[name] = max(seen) if seen else None
+    peaks: dict[str, int] = {}
+    for line in lines:
+        if line["kind"] == "memory":
+            for phase, size in line.items():
+                if phase not in ABOUT_A_LINE and size is not None:
+                    peaks[phase] = max(peaks.get(phase, 0), int(size))
+    measured["phase_peaks"] = peaks
+    measured["guard"] = [
+        {name: line[name] for name in ("step", "reason", "batch_size", "grad_accum")}
+        for line in lines if line["kind"] == "guard"
+    ]  # fmt: skip
+    return measured
 
 
 def read_config(subject: Path, rank: int) -> RunConfig:

@@ -23,6 +23,7 @@ from ..planner.step import StepConfig, tokens_per_step
 from ..trainer.checkpoint import all_finite, plain_state_dict
 from ..trainer.memory_errors import out_of_memory
 from ..trainer.model import GPT
+from ..trainer.phase_peaks import PhasePeaks
 from ..trainer.step import TrainStep
 from .cpu import Phase, probe_optimizer, random_batches, trainer
 from .scripts import Draw, ScriptLoop
@@ -116,28 +117,6 @@ def measure_card(
     return result
 
 
-class PhasePeaks:
-    """Most bytes within each phase, from a peak that can be read and reset; nothing where there are no statistics."""
-
-    def __init__(self, peak: Callable[[], int] | None, reset: Callable[[], None] | None) -> None:
-        self._peak, self._reset, self._phase = peak, reset, ""
-        self.found: dict[str, int] = {}
-
-    @property
-    def active(self) -> bool:
-        """Whether there are statistics."""
-        return self._peak is not None
-
-    def enter(self, phase: str) -> None:
-        """The phase before is over."""
-        if self._peak is None or self._reset is None:
-            return
-        if self._phase:
-            self.found[self._phase] = max(self.found.get(self._phase, 0), self._peak())
-        self._reset()
-        self._phase = phase
-
-
 class _Log:
     """What a measurement sees as it goes."""
 
@@ -147,11 +126,7 @@ class _Log:
         self.references: list[float] = []
         self.loss: float | None = None
         self.first_peak: int | None = None
-        cuda = device.type == "cuda"
-        self.peaks = PhasePeaks(
-            (lambda: torch.cuda.max_memory_allocated(device)) if cuda else None,
-            (lambda: torch.cuda.reset_peak_memory_stats(device)) if cuda else None,
-        )
+        self.peaks = PhasePeaks.of(device)
 
 
 class FollowedPhase(Phase):

@@ -48,6 +48,7 @@ from .memory_errors import out_of_memory
 from .model import GPT
 from .opening import opening
 from .optimizer import build_optimizer
+from .phase_peaks import PhasePeaks
 from .recorder import Recorder
 from .rehearsal import rehearse
 from .resuming import TrainResult, finished_before, newest_of_run
@@ -143,7 +144,9 @@ class _Trainer:
         self.splits: list[tuple[int, Split]] = []
         self.compile_at = t.compile_after
         self.best_saved: tuple[float, int] | None = None
-        self.recorder = Recorder(config, run.metrics, device, peak_flops, on_event)
+        self.peaks = PhasePeaks.of(device)
+        self.train_step.on_phase = self.peaks.enter
+        self.recorder = Recorder(config, run.metrics, self.peaks, peak_flops, on_event)
         self.step = 0
         self.saved_step: int | None = None
         self._stop_announced = False
@@ -283,6 +286,7 @@ class _Trainer:
 
     def _save(self) -> Path:
         start = time.perf_counter()
+        self.peaks.enter("checkpoint save")
         if not all_finite(self.model):
             self._fail(f"the weights are no longer numbers after step {self.step}")
         path = self.folder.save(
@@ -320,6 +324,7 @@ class _Trainer:
         if not due or self.recorder.evaluated_step == self.step:
             return
         start = time.perf_counter()
+        self.peaks.enter(EVALUATION)
         loss = self.guard.protect(
             self.step, EVALUATION, lambda: self.train_step.evaluate(self._evaluation_batches()), lambda: None
         )

@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one JSON object per line, in the order things happened.
 
-Every line has ``kind`` (``step``, ``checkpoint``, ``evaluation``, ``guard``, ``spike`` or ``stopped``), ``step``,
-``run_seconds`` (the recorder's) and ``time`` (Unix seconds). Numbers that are not finite are written as null, because
+Every line has ``kind`` (``step``, ``checkpoint``, ``evaluation``, ``guard``, ``memory``, ``spike`` or ``stopped``),
+``step``, ``run_seconds`` (the recorder's) and ``time`` (Unix seconds). A ``memory`` line holds the most bytes allocated
+in each phase since the process began. Numbers that are not finite are written as null, because
 JSON has no other word for them.
 """
 

@@ -8,12 +8,11 @@ from time import perf_counter as clock
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from ..runconfig import RunConfig
 from .checkpoint import Checkpoint
 from .events import Evaluated, OnEvent, SpikeSeen, StepLogged
 from .metrics import Line, MetricsLog, drop_after, read_metrics
+from .phase_peaks import PhasePeaks
 from .step import StepResult
 from .watch import Spike, SpikeWatch
 
@@ -26,9 +25,10 @@ class Recorder:
     """
 
     def __init__(
-        self, config: RunConfig, path: Path, device: torch.device, peak_flops: float | None, on_event: OnEvent
+        self, config: RunConfig, path: Path, peaks: PhasePeaks, peak_flops: float | None, on_event: OnEvent
     ) -> None:
-        self.config, self.path, self.device = config, path, device
+        self.config, self.path, self.peaks = config, path, peaks
+        self._peaks_written: dict[str, int] = {}
         self.peak_flops, self.emit = peak_flops, on_event
         self.last_loss: float | None = None
         self.val_loss: float | None = None
@@ -124,11 +124,14 @@ class Recorder:
             mfu=self._mfu(per_second),
             epoch=epoch,
             run_seconds=self.run_seconds,
-            **_memory(self.device),
+            **self._memory(),
         )
         line = asdict(event)
         del line["total_steps"]  # the same in every line
         self._write("step", line)
+        if self.peaks.found != self._peaks_written:
+            self._peaks_written = dict(self.peaks.found)
+            self._write("memory", {"step": step, **self._peaks_written})
         self.emit(event)
 
     def evaluated(self, step: int, loss: float, blocks: int, seconds: float) -> None:
@@ -160,6 +163,14 @@ class Recorder:
             return None
         return float(self.config.shape.flops_per_token * tokens_per_second / self.peak_flops)
 
+    def _memory(self) -> dict[str, int | None]:
+        """Peak allocated and reserved bytes, and allocator retries, since the process began; None on a CPU."""
+        return {
+            "peak_allocated_bytes": self.peaks.allocated,
+            "peak_reserved_bytes": self.peaks.reserved,
+            "alloc_retries": self.peaks.retries,
+        }
+
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self._log is None:
             raise RuntimeError("a Recorder writes only inside its with-block")
@@ -169,14 +180,3 @@ class Recorder:
 def last_evaluation(path: Path) -> Line | None:
     """The last evaluation line of a metrics file, if there is one."""
     return next((line for line in reversed(read_metrics(path)) if line["kind"] == "evaluation"), None)
-
-
-def _memory(device: torch.device) -> dict[str, Any]:
-    """Peak allocated and reserved bytes, and allocator retries, since the process began; None on a CPU."""
-    if device.type != "cuda":
-        return {"peak_allocated_bytes": None, "peak_reserved_bytes": None, "alloc_retries": None}
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
-    }

@@ -48,6 +48,8 @@ class TrainStep:
     float16 uses dynamic loss scaling; a step whose gradients overflow is skipped by the scaler and its scale halved.
     Between steps gradients are ``None``, or with accumulation zero: they would be alive at the peak in any case, and in
     their old place they leave no holes behind.
+
+    ``on_phase`` is told when a step goes over to its forward, backward or optimizer step.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class TrainStep:
         torch.set_float32_matmul_precision("high" if step.dtype == "tf32" else "highest")
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
         self.applying = self._allocated = False
+        self.on_phase: Callable[[str], None] = lambda phase: None
         self._forward: Callable[[Tensor, Tensor], Tensor] = _compiled(model) if step.compile else model
 
     def resplit(self, batch_size: int, grad_accum: int) -> None:
@@ -135,6 +138,7 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         for tokens, targets in micro_batches:
             total += self.micro_step(tokens, targets)
+        self.on_phase("optimizer step")
         with record_function("optimizer step"):
             norm = self.update()
         return StepResult(loss=float(total) / self.step.grad_accum, grad_norm=float(norm))
@@ -143,8 +147,10 @@ class TrainStep:
         """Forward and backward of one micro-batch, (B, T) each; its loss as a scalar on the device."""
         tokens = tokens.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
+        self.on_phase("forward")
         with record_function("forward"):
             loss = self._forward(tokens, targets)
+        self.on_phase("backward")
         with record_function("backward"):
             self.scaler.scale(loss / self.step.grad_accum).backward()
         return loss.detach()
