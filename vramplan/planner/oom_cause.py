@@ -5,11 +5,11 @@ what of that was not in use, and O what others hold:
 
 * **limit**: a limit was set (a memory fraction, a cgroup, a batch system), and either the driver had R free all the
   same, or S + R is beyond the limit while U is smaller than R;
-* **fragmentation**: U >= R, so that the request would have fitted had the free pieces been one. It does not count where
-  U is below a hundredth of the card: so much lies idle in any allocator, and the next request would have failed;
-* **other_process**: F + O >= R, so that it would have fitted without the others, and O is at least a twentieth of the
-  card. O is what the message lists; else T - F less this process; else, where neither is said, T - F - S less what a
-  CUDA context and its libraries may take;
+* **fragmentation**: U >= R > F, so that the request would have fitted had the free pieces been one. It does not count
+  where U is below a hundredth of the card: so much lies idle in any allocator, and the next request would have failed;
+* **other_process**: F < R <= F + O, so that it would have fitted without the others, and O is at least a hundredth of
+  the card. O is what the message lists; else T - F less this process; else, where neither is said, T - F - S less what
+  a CUDA context and its libraries may take, and then it must be a fifth of the card;
 * **exhausted**: none of these, and what this process holds is what fills the card, or R is larger than the card;
 * **unknown**: the message does not say enough, or contradicts itself.
 
@@ -32,8 +32,12 @@ Cause = Literal["exhausted", "fragmentation", "other_process", "limit", "unknown
 TRIVIAL_SHARE = 100
 """Idle reserved memory below this part (1/100) of the card is no fragmentation worth the name."""
 
-OTHERS_SHARE = 20
-"""Others that hold less than this part (1/20) of the card are not why it is full."""
+OTHERS_SHARE, GUESSED_SHARE = 100, 5
+"""Others that hold less than this part of the card are not why it is full: 1/100, or 1/5 where nothing says that it is
+others, and not this process outside torch's allocator, who hold it."""
+
+FULL_SHARE = 0.8
+"""Of a card that torch holds: then it is what fills it, whatever was asked for."""
 
 LARGEST_CONTEXT_BYTES = 1 * GIB
 """Of a process outside torch's allocator, at most: CUDA context (0.1 to 0.5 GiB), cuBLAS, cuDNN, NCCL. On a small card
@@ -51,13 +55,15 @@ class Judgement:
 @dataclass(frozen=True, slots=True)
 class Holders:
     """Who holds the card, in bytes: torch's allocator of this process (``reserved``, of which ``idle`` is not in use),
-    the whole process, and others (None: not to be told). ``derived`` is set where the others are what is left over."""
+    the whole process, and others (None: not to be told). ``derived`` is set where the others are what is left over, and
+    ``share`` is the least part of the card (one so-manieth) from which on they matter."""
 
     reserved: int | None
     idle: int | None
     process: int | None
     others: int | None
     derived: bool = False
+    share: int = OTHERS_SHARE
 
 
 def judge(event: Event) -> Judgement:
@@ -108,7 +114,7 @@ def holders(figures: Figures) -> Holders:
     if reserved is None:
         return Holders(reserved, idle, process, None)
     context = min(LARGEST_CONTEXT_BYTES, f.total_bytes // 10)
-    return Holders(reserved, idle, process, max(0, used - reserved - context), derived=True)
+    return Holders(reserved, idle, process, max(0, used - reserved - context), True, GUESSED_SHARE)
 
 
 def _card(f: Figures) -> Judgement:
@@ -119,9 +125,9 @@ def _card(f: Figures) -> Judgement:
             "the size asked for is nonsense: a negative or overflowed number of bytes, from a corrupted shape or index "
             "or a driver in a bad state",
         )
-    if asked is None:
-        return Judgement("unknown", "the text does not say how much was asked for")
     held = holders(f)
+    if asked is None:
+        return _full(f, held) or Judgement("unknown", "the text does not say how much was asked for")
     found = _by_limit(f, held)
     if found is None and total is not None and asked > total:
         found = Judgement("exhausted", f"{gib(asked)} is more than the whole card ({gib(total)})")
@@ -146,8 +152,10 @@ def _by_pieces_or_others(asked: int, f: Figures, held: Holders) -> Judgement | N
     size = total if total is not None else held.reserved or 0
     pieces = held.idle if held.idle is not None and held.idle >= max(asked, size // TRIVIAL_SHARE) else 0
     others = held.others or 0
-    if total is None or others < total // OTHERS_SHARE or free + others < asked or free >= asked:
+    if total is None or others < total // held.share or free + others < asked:
         others = 0
+    if f.free_bytes is not None and free >= asked:
+        return None
     if pieces and pieces >= others:
         return Judgement(
             "fragmentation",
@@ -171,7 +179,7 @@ def _by_own(asked: int, total: int | None, free: int | None, f: Figures, held: H
             f"the driver had {gib(free)} free, more than the {gib(asked)} asked for; another process may have freed it "
             "since, or a limit of the system stood in the way",
         )
-    fills = own + asked > total or own * 2 >= total or (held.others is not None and held.others < total // OTHERS_SHARE)
+    fills = own + asked > total or own * 2 >= total or (held.others is not None and held.others < total // held.share)
     if not fills:
         return Judgement(
             "unknown", f"this process holds {gib(own)} of {gib(total)}; the text does not say who has the rest"
@@ -182,7 +190,21 @@ def _by_own(asked: int, total: int | None, free: int | None, f: Figures, held: H
             "exhausted",
             f"this process holds {gib(held.process)} of {gib(total)}, of that only {gib(torchs)} in torch's allocator",
         )
-    return Judgement("exhausted", f"this process holds {gib(own)} of {gib(total)}, and asked for {gib(asked)} more")
+    idle = ""
+    if held.idle is not None and held.idle * 2 >= asked and held.idle >= total // TRIVIAL_SHARE:
+        idle = f"; {gib(held.idle)} of that was reserved and not in use, too little or too scattered"
+    return Judgement(
+        "exhausted", f"this process holds {gib(own)} of {gib(total)}, and asked for {gib(asked)} more{idle}"
+    )
+
+
+def _full(f: Figures, held: Holders) -> Judgement | None:
+    """Where the request itself was cut off: whether torch fills the card all the same."""
+    if held.reserved is None or f.total_bytes is None or f.free_bytes is None:
+        return None
+    if held.reserved < FULL_SHARE * f.total_bytes or f.free_bytes > (1 - FULL_SHARE) * f.total_bytes:
+        return None
+    return Judgement("exhausted", f"torch holds {gib(held.reserved)} of {gib(f.total_bytes)}")
 
 
 def _host(event: Event) -> Judgement:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from .oom_fields import figures_in, plain
 from .oom_phrases import PHRASES
-from .oom_report import CODE, OTHERS, Event, Other, framework_of, talks
+from .oom_report import CODE, OTHERS, Event, Other, framework_of, mentioned
 
 MOST_MENTIONS = 400
 """Of each telling phrase, the last ones: a log that repeats a failure more often says nothing new before them."""
@@ -22,7 +22,7 @@ LONGEST_LINE = 4000
 MESSAGE = 2600
 """Characters within which an allocator's message ends, hard-wrapped and quoted."""
 
-MOST_LINES = 4000
+MOST_LINES, MOST_CHARACTERS = 4000, 400_000
 """Of a text's end, in which another failure is looked for."""
 
 HEAD = 260
@@ -57,8 +57,9 @@ def memory_events(text: str) -> list[Event]:
 
 
 def other_failures(text: str, first: int = 0) -> Iterator[Other]:
-    """Lines from ``first`` on that say that something else failed, the last one first; of the last MOST_LINES."""
+    """Lines from ``first`` on that say that something else failed, the last one first; only of the text's end."""
     end = len(text)
+    first = max(first, end - MOST_CHARACTERS)
     for _ in range(MOST_LINES):
         if end <= first:
             return
@@ -66,7 +67,7 @@ def other_failures(text: str, first: int = 0) -> Iterator[Other]:
         line = text[start:end]
         for pattern, reason in OTHERS:
             if found := pattern.search(line):
-                if not talks(line, found.start(), found.end()):
+                if "n_embd %" in line or not mentioned(line, found.start()):
                     yield Other(start, reason, line.strip())
                 break
         end = start

@@ -18,8 +18,8 @@ class Event:
     """A report that memory ran out, at ``start`` in the text.
 
     ``figures`` are torch's sizes; ``weight`` says whether it has them, is mere words, or only that a process was
-    killed. ``says`` is what it means in a sentence's words; ``limited`` that it names a limit; ``final`` that it says by itself
-    that memory was exhausted; ``warning`` that it may have been survived.
+    killed. ``says`` is what it means in a sentence's words; ``limited`` that it names a limit; ``final`` that it says
+    by itself that memory was exhausted; ``warning`` that it may have been survived.
     """
 
     start: int
@@ -56,6 +56,7 @@ OTHER_FRAMEWORKS = (
     (r"numba|Call to cuMemAlloc", "Numba"),
     (r"mxnet|cudaMalloc retry failed", "MXNet"),
     (r"\brmm::|/rmm/|rapids", "RAPIDS"),
+    (r"opencv|Gpu API call", "OpenCV"),
     (r"javascript heap|v8::|node::", "a JavaScript program"),
     (r"java\.lang|java heap", "a Java program"),
     (r"vk_error|vulkan", "Vulkan"),
@@ -93,18 +94,18 @@ _TORCH = re.compile(
 
 TALK = re.compile(
     r"\b(?:if|when|whenever|avoid\w*|prevent\w*|unless|fix\w*|solv\w+|handl\w+|how|may|might|could|can|would|should|"
-    r"in case|such as|e\.g|like|except|catch\w*|instead|causes?|leads?|without|risk\w*|likely|detect\w*|about|get|see|"
+    r"in case|such as|e\.g|like|except|catch\w*|instead|causes?|leads?|without|risk\w*|likely|about|get|see|"
     r"common|typical\w*|raises?|throws?|means?|for|no|not|never|whether|as)\b",
     re.IGNORECASE,
 )
 """Words before a phrase that make it talk about failures."""
 TALK_AFTER = re.compile(
-    r"\s+(?:errors?|issues?|problems?|exceptions?|is|are|was|can|may|might|will|when|if|because|for|with|by|and|or|crash"
+    r"\s+(?:errors?|issues?|problems?|exceptions?|is|are|was|can|may|might|will|when(?! calling)|if|because|for|with|by|and|or|crash"
     r"\w*|situations?|conditions?|handling|killer|means|indicates|usually|typically)\b",
     re.IGNORECASE,
 )
 _REPORTS = re.compile(
-    r"\b(?:\w*(?:Error|Exception)|error|fatal|critical|exception|failed|failure|crashed|caught|terminated|aborted)\b"
+    r"\b(?:\w*(?:Error|Exception)|error|warning|fatal|critical|exception|failed|failure|crashed|caught|terminated|aborted)\b"
     r"|what\(\)",
     re.IGNORECASE,
 )
@@ -119,6 +120,11 @@ def framework_of(text: str) -> str | None:
     if _TORCH.search(text):
         return None
     return next((name for pattern, name in _FRAMEWORKS if pattern.search(text)), None)
+
+
+def mentioned(line: str, start: int) -> bool:
+    """Whether words before ``start``, or the line as source code, make it talk about a failure."""
+    return bool(CODE.match(line) or TALK.search(without_prefix(line[:start])))
 
 
 def talks(line: str, start: int, end: int, *, after: bool = True) -> bool:

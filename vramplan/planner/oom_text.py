@@ -26,7 +26,11 @@ _FIELDS = (
     "reserved_unallocated_bytes", "private_pool_bytes", "limit_bytes", "gpu_index",
 )  # fmt: skip
 
-_PROGRESS = re.compile(r"(?i)\b(?:iter(?:ation)?|step|epoch|batch)\b\D{0,12}\d[^\n]{0,100}?\bloss\b\W{0,4}\d")
+_PROGRESS = re.compile(
+    r"(?i)\b(?:iter(?:ation)?|step|epoch|batch)\b\D{0,12}\d[^\n]{0,100}?\bloss\b\W{0,4}\d|['\"]loss['\"]: ?\d"
+)
+"""A line of a run that goes on. (A progress bar is drawn once more when a run has died.)"""
+
 _RAISED = re.compile(r"^(?:[\w.]{1,80}\.)?(\w{0,60}(?:Error|Exception|Interrupt|Failure))\b(?::|$)")
 _CONSEQUENCE = re.compile(
     r"(?i)ChildFailed|ProcessExited|ProcessRaised|NCCL|Broken ?Pipe|ConnectionReset|EOFError|Engine ?core|DistBackend|"
@@ -63,12 +67,19 @@ class OomText:
         """Whether memory of torch's card or of the host ran out."""
         return self.kind != "not_memory"
 
+    @property
+    def reserved_bytes(self) -> int | None:
+        """What torch's allocator held in all; of a torch before 1.4 what it called cached, which was the idle part."""
+        found = self.figures.reserved_bytes
+        return self.figures.cached_bytes if found is None else found
+
     def as_dict(self) -> dict[str, Any]:
         """The fields of ``explain --json`` that come from the text alone."""
         return {
             "kind": self.kind,
             "cause": self.cause,
             **{name: getattr(self.figures, name) for name in _FIELDS},
+            "reserved_bytes": self.reserved_bytes,
             "shape": None if self.shape is None else list(self.shape),
             "dtype": self.dtype,
             "processes": [process.as_dict() for process in self.processes],
@@ -118,7 +129,7 @@ def _decisive(text: str, events: Sequence[Event]) -> Event:
         family.append(event)
     told = [event for event in family if event.weight != "killed"]
     if not told:
-        return last
+        return next((event for event in family if event.limited), last)
     newest = told[0]
     if newest.weight == "figures" and not newest.warning:
         return newest
