@@ -29,6 +29,7 @@ COMMANDS = {  # and the module each lives in
     "export": "exchange",
     "import": "exchange",
     "report": "reporting",
+    "ui": "page",
     "health": "health",
     "ledger": "probing",
 }

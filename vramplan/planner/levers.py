@@ -48,13 +48,15 @@ class Lever:
 
 
 def levers(
-    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float, *, batches: bool = True
-) -> list[Lever]:
+    shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float, *,
+    base_bytes: int | None = None, batches: bool = True,
+) -> list[Lever]:  # fmt: skip
     """Every single change that is legal for this configuration, most memory saved first.
 
-    Without ``batches`` the largest batch of each is not looked for, which takes most of the time.
+    ``base_bytes`` is what the process needs as it is, where that is known already. Without ``batches`` the largest
+    batch of each is not looked for, which takes most of the time.
     """
-    base = estimate(shape, step, gpu).process_bytes
+    base = estimate(shape, step, gpu).process_bytes if base_bytes is None else base_bytes
     speed = tokens_per_second(shape, step, gpu) if gpu is not None else None
     found = []
     for name, other_shape, other, changes in _neighbours(shape, step, gpu):

@@ -131,12 +131,13 @@ def _lever_dict(lever: Lever) -> dict[str, Any]:
 def build_report(
     title: str, shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
     measured: Mapping[str, Any] | None = None, *, total_bytes: int | None = None, held: Sequence[Held] = (),
-    quick: bool = False,
+    quick: bool = False, with_levers: bool = True,
 ) -> RiskReport:  # fmt: skip
     """Compute everything the report shows.
 
     ``total_bytes`` is what there is before something is kept back (the budget unless given), ``held`` the other
-    processes of the live card. ``quick`` leaves out what takes more than a tenth of a second.
+    processes of the live card. ``quick`` leaves out what takes more than a tenth of a second; the levers can be left
+    out as well.
     """
     full = estimate(shape, step, gpu)
     needs = math.ceil(needed_for(full, max_risk))
@@ -156,7 +157,11 @@ def build_report(
         card=card_memory(gpu, max(total_bytes or 0, budget_bytes), budget_bytes, full, held),
         timeline=step_timeline(full),
         evidence=gpu.evidence.of(step.workload, mode_of(step)) if gpu else (),
-        levers=tuple(levers(shape, step, gpu, budget_bytes, max_risk, batches=not quick)),
+        levers=tuple(
+            levers(shape, step, gpu, budget_bytes, max_risk, base_bytes=full.process_bytes, batches=not quick)
+            if with_levers
+            else ()
+        ),
         largest_batch=None if quick else largest_batch(shape, step, gpu, budget_bytes, max_risk),
         repair=None if quick or needs <= budget_bytes else smallest_repair(shape, step, gpu, budget_bytes, max_risk),
         ways=() if quick else ways(shape, step, gpu, budget_bytes, max_risk),
