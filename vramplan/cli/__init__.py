@@ -31,6 +31,7 @@ COMMANDS = {  # and the module each lives in
     "report": "reporting",
     "ui": "page",
     "health": "health",
+    "explain": "explaining",
     "ledger": "probing",
 }
 

@@ -127,6 +127,7 @@ _LIBRARY = "a library could not allocate its workspace"
 _NCCL = "NCCL could not allocate its buffers"
 _NVML = "torch failed while it was composing an out-of-memory message"
 _CPP = "a C++ program could not allocate host memory"
+_PYTHON = "Python could not allocate host memory"
 _SYSTEM = "the system refused host memory"
 _REFUSED = "a library's allocation of host memory was refused"
 _BATCH = "the batch system killed it at its memory limit"
@@ -158,7 +159,7 @@ _PHRASES: tuple[tuple[str, str, Reader], ...] = (
     ("aoti_torch_empty_strided", r"aoti_torch_empty_strided.{0,300}?(?:failed|error)", _wrapper),
     ("bad_alloc", r"std::bad_alloc", _bare("host_oom", _CPP)),
     ("bad allocation", r"runtimeerror: bad allocation", _bare("host_oom", _CPP)),
-    ("memoryerror", r"(?m)[\w.]{0,60}memoryerror(?=[ \t]*:|[ \t]*$)", _bare("host_oom", "Python could not allocate host memory")),
+    ("memoryerror", r"(?m)[\w.]{0,60}memoryerror(?=[ \t]*:|[ \t]*$)", _bare("host_oom", _PYTHON)),
     ("allocate memory", r"(?:can ?not|can't) allocate memory(?! in static)", _bare("host_oom", _SYSTEM, final=True)),
     ("os error 12", r"os error 12\b", _bare("host_oom", _SYSTEM, final=True)),
     ("1455", r"(?:os error |winerror |error code: <)1455", _bare("host_oom", _WINDOWS, final=True)),

@@ -100,8 +100,8 @@ TALK = re.compile(
 )
 """Words before a phrase that make it talk about failures."""
 TALK_AFTER = re.compile(
-    r"\s+(?:errors?|issues?|problems?|exceptions?|is|are|was|can|may|might|will|when(?! calling)|if|because|for|with|by|and|or|crash"
-    r"\w*|situations?|conditions?|handling|killer|means|indicates|usually|typically)\b",
+    r"\s+(?:errors?|issues?|problems?|exceptions?|is|are|was|can|may|might|will|when(?! calling)|if|because|for|with|by"
+    r"|and|or|crash\w*|situations?|conditions?|handling|killer|means|indicates|usually|typically)\b",
     re.IGNORECASE,
 )
 _REPORTS = re.compile(
@@ -135,5 +135,4 @@ def talks(line: str, start: int, end: int, *, after: bool = True) -> bool:
     bare = without_prefix(before.replace("**", "")).strip("\"'`( \t")
     if not bare:
         return before.lstrip().startswith(("#", "//", "|", "*"))
-    words = _REPORTS.search(bare)
-    return bool(TALK.search(bare)) or words is None
+    return bool(TALK.search(bare)) or _REPORTS.search(before) is None

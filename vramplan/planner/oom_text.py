@@ -203,15 +203,15 @@ def _strange(figures: Figures) -> list[str]:
     return notes
 
 
-def _other(found: Other, notes: tuple[str, ...]) -> OomText:
-    sentence = f"Not a memory failure: {found.reason}."
+def _other(found: Other, notes: tuple[str, ...], head: str = "Not a memory failure") -> OomText:
+    sentence = f"{head}: {found.reason}."
     return OomText(kind="not_memory", cause="unknown", sentence=sentence, reason=found.reason, line=_short(found.line),
                    notes=notes)  # fmt: skip
 
 
 def _not_memory(text: str) -> OomText:
     if (elsewhere := _elsewhere(text)) is not None:
-        return _other(elsewhere, ())
+        return _other(elsewhere, (), "Not a failure of torch's memory on CUDA, ROCm or the host")
     if (failed := next(other_failures(text), None)) is not None:
         return _other(failed, ())
     for line in reversed(text[-200_000:].splitlines()):
@@ -234,7 +234,7 @@ def _elsewhere(text: str) -> Other | None:
         first, last = line_at(text, at, at)
         name = framework_of(text[max(0, first - 300) : last + 300])
         if name is not None:
-            return Other(first, f"memory of {name}, which this program does not explain", text[first:last])
+            return Other(first, f"{name} ran out of memory, which this program does not explain", text[first:last])
     return None
 
 
