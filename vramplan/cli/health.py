@@ -7,14 +7,26 @@ import sys
 
 import rich_click as click
 
-from ..planner.gpu import find_gpu
+from ..device import live_gpu
+from ..errors import ConfigError, Problem
+from ..planner.gpu import Gpu, find_gpu
 from .options import Count, refused
+
+
+def _card(name: str | None) -> Gpu | None:
+    """The card of that name; ``auto`` is the one in this machine. Raises ConfigError for an unknown one."""
+    if name is None or name.lower() != "auto":
+        return find_gpu(name) if name is not None else None
+    live = live_gpu()
+    if live is None:
+        raise ConfigError(Problem("--gpu", "auto", "finds no NVIDIA card", "name the one that it ran on: --gpu 4070"))
+    return find_gpu(live.name, total_bytes=live.total_bytes)
 
 
 @click.command()
 @click.argument("run", metavar="RUN|LOG")
 @click.option("--config", help="Of a log: nanoGPT's config file or command line, or our TOML.")
-@click.option("--gpu", metavar="NAME", help="Card that it ran on. [default: what the run directory says]")
+@click.option("--gpu", metavar="NAME|auto", help="Card that it ran on. [default: what the run directory says]")
 @click.option("--params", type=Count(), help="Parameters that were wanted, such as 125M.")
 @click.option("--data-tokens", type=Count(), help="Tokens of the training data, each counted once.")
 @click.option("--at", type=Count(), multiple=True, help="Forecast the loss at this step. May be repeated.")
@@ -38,7 +50,7 @@ def health(
     problems = refused()
     card = None
     with problems:
-        card = find_gpu(gpu) if gpu is not None else None
+        card = _card(gpu)
     problems.finish()
     from ..report.health import build_health
     from ..report.run_log import read_record

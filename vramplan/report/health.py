@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..planner.gpu import Gpu, find_gpu
 from ..units import count, gib
+from .advice import Advice, worst
 from .forecast import Forecast, forecast
-from .health_advice import Advice, advise, worst
+from .health_advice import advise
 from .health_figures import Figures, figures_of, smoothed, throughput
 from .run_directory import read_run
 from .run_record import Curve, Record
 
 NOT_KNOWN = "n/a"
+MOST_SHOWN = 2000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,9 @@ class RunHealth:
     """Everything the report shows.
 
     ``train`` and ``validation`` are (step, loss), None for a loss that was no number; ``train`` are single steps where
-    the run logged them. ``forecast_steps`` are the steps whose forecast is told; ``forecast_refused`` says why there is
-    no forecast. ``notes`` say how the record was read, ``missing`` what would have to be given for more.
+    the run logged them; of each curve at most MOST_SHOWN points, evenly taken. ``forecast_steps`` are the steps whose
+    forecast is told; ``forecast_refused`` says why there is no forecast, ``forecast_caveat`` what it does not know of.
+    ``notes`` say how the record was read, ``missing`` what would have to be given for more.
     """
 
     title: str
@@ -46,6 +50,7 @@ class RunHealth:
     tokens_per_second: tuple[tuple[int, float], ...]
     forecast: Forecast | None
     forecast_refused: str
+    forecast_caveat: str
     forecast_steps: tuple[int, ...]
     advice: tuple[Advice, ...]
     missing: tuple[str, ...]
@@ -67,6 +72,7 @@ class RunHealth:
             "advice": [asdict(piece) for piece in self.advice],
             "forecast": self.forecast.as_dict(self.forecast_steps) if self.forecast else None,
             "forecast_refused": self.forecast_refused or None,
+            "forecast_caveat": self.forecast_caveat or None,
             "train": [list(point) for point in self.train],
             "validation": [list(point) for point in self.validation],
             "tokens_per_second": [list(point) for point in self.tokens_per_second],
@@ -116,16 +122,23 @@ def build_health(
         program=record.program,
         figures=figures,
         facts=tuple(_facts(record, figures, found, steps)),
-        train=record.losses or record.train_evaluations,
-        validation=record.validation,
-        tokens_per_second=throughput(record),
+        train=thinned(record.losses or record.train_evaluations),
+        validation=thinned(record.validation),
+        tokens_per_second=thinned(throughput(record)),
         forecast=found,
         forecast_refused="" if isinstance(fitted, Forecast) else fitted,
+        forecast_caveat=_caveat(record, figures) if found else "",
         forecast_steps=tuple(steps) if found else (),
         advice=advise(record, figures, found, tuple(steps)),
         missing=record.missing,
         notes=record.notes,
     )
+
+
+def thinned(points: tuple[T, ...]) -> tuple[T, ...]:
+    """At most MOST_SHOWN of them, evenly taken, the last one included."""
+    every = -(-len(points) // MOST_SHOWN) if points else 1
+    return points[::-1][::every][::-1]
 
 
 def _forecast(record: Record) -> Forecast | str:
@@ -135,6 +148,21 @@ def _forecast(record: Record) -> Forecast | str:
     if record.train_evaluations:
         return forecast(record.train_evaluations, "evaluated training loss", warmup)
     return forecast(tuple(smoothed(record.losses)), "training loss, averaged over neighbouring steps", warmup)
+
+
+def _caveat(record: Record, f: Figures) -> str:
+    """What the learning rate will do that a fit to the past cannot show."""
+    rates = record.rates
+    if rates is None or f.learning_rate is None:
+        return "The learning rate is not known: the forecast takes it that it goes on as it did."
+    if rates.schedule != "constant" and f.steps_done >= rates.total_steps:
+        return (
+            f"The learning rate was down at step {rates.total_steps:,}, and the end of the curve has the benefit: "
+            "going on at the lowest rate is slower than this, and a new schedule starts with a rise."
+        )
+    if rates.schedule != "constant" and f.learning_rate > 0.5 * rates.peak:
+        return "The fall that comes with the decay of the learning rate is still ahead, and not in the forecast."
+    return ""
 
 
 def _targets(record: Record) -> tuple[int, ...]:
@@ -162,16 +190,16 @@ def _size(record: Record, f: Figures) -> Fact:
     if f.parameters_without_positions is None:
         return Fact("parameters", NOT_KNOWN)
     bare = f"{count(f.parameters_without_positions)} without positions"
-    value = bare if f.parameters is None else f"{count(f.parameters)} ({bare})"
-    asked = f"{count(f.asked_parameters)} asked for" if f.asked_parameters else "nobody said how many were asked for"
-    return Fact("parameters", f"{record.shape.label}, {value}" if record.shape else value, asked)
+    value = bare if f.parameters is None else f"{count(f.parameters)}, {bare}"
+    asked = f"{count(f.asked_parameters)} asked for" if f.asked_parameters else "--params says how many were wanted"
+    return Fact("parameters", f"{record.shape.label}: {value}" if record.shape else value, asked)
 
 
 def _tokens(f: Figures) -> Fact:
     steps = f"{f.steps_done:,}" + (f" of {f.total_steps:,}" if f.total_steps else "") + " steps"
     if f.tokens_seen is None:
         return Fact("tokens seen", NOT_KNOWN, steps)
-    per = f"; {f.tokens_per_parameter:.1f} per parameter" if f.tokens_per_parameter is not None else ""
+    per = f"; {f.tokens_per_parameter:.3g} per parameter" if f.tokens_per_parameter is not None else ""
     return Fact("tokens seen", f"{count(f.tokens_seen)}{per}", f"{steps} of {f.tokens_per_step:,} tokens")
 
 

@@ -59,6 +59,8 @@ def _print_forecast(health: RunHealth, out: Console) -> None:
     out.print(f"\n  Forecast: {_shown(health.forecast.words)}.")
     for step, middle, low, high in health.forecast.curve(health.forecast_steps):
         out.print(f"    step {step:>9,}  {middle:.2f}  ({low:.2f} to {high:.2f})")
+    if health.forecast_caveat:
+        out.print(f"    {_shown(health.forecast_caveat)}", style="dim")
     beyond = [step for step in health.forecast_steps if step > health.forecast.furthest_step]
     if beyond:
         furthest = health.forecast.furthest_step

@@ -10,16 +10,15 @@ a moving average (0.9 old, 0.1 new) of all logged iterations from the sixth on, 
 from __future__ import annotations
 
 import codecs
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ..errors import ConfigError, Problem
 from ..planner.nanogpt_config import assignments, overrides_in
-from .run_record import Curve
+from .run_record import Curve, loss_of
 
-CHUNK_BYTES, LONGEST_LINE, LARGEST_LOG_BYTES = 2**20, 2**20, 2**31
+CHUNK_BYTES, LONGEST_LINE, LARGEST_LOG_BYTES = 2**20, 2**20, 2**30
 """Read piece by piece; a line that does not end is cut; what does not end at all is refused."""
 
 _N = r"(-?(?:\d{1,12}(?:\.\d{0,20})?(?:[eE][+-]?\d{1,3})?|nan|inf))"
@@ -29,7 +28,7 @@ _ITERATION = re.compile(
     re.IGNORECASE,
 )
 _EVALUATION = re.compile(
-    rf"(?<![\w.])step[ \t]{{1,8}}(\d{{1,12}})[ \t]?:[ \t]{{0,8}}train loss[ \t]{{1,4}}{_N},?[ \t]{{1,4}}"
+    rf"(?<![\w.])step[ \t]{{1,8}}(\d{{1,12}})[ \t]?:[ \t]{{0,8}}train loss[ \t]{{1,4}}{_N}[^:\n]{{0,60}}?"
     rf"val loss[ \t]{{1,4}}{_N}",
     re.IGNORECASE,
 )
@@ -39,7 +38,10 @@ _VOCABULARY = re.compile(r"(?:found vocab_size = |defaulting to vocab_size of GP
 _ECHO = re.compile(r"Overriding config with (\S.{0,500}):")
 _HEAD = re.compile(r"Overriding|tokens per iteration|found vocab_size|Initializing|Resuming|number of parameters")
 _ANSI = re.compile(r"\x1b\[[0-9;:?]{0,30}[@-~]|\x1b[@-Z\\-_]")
-_TELLING = ("loss", "parameters", "Overriding", "per iteration", "vocab_size", "Initializing", "Resuming")
+_HEADS = ("parameters", "Overriding", "per iteration", "vocab_size", "Initializing", "Resuming")
+_TELLING = ("loss", *_HEADS)
+SLOWEST_MS, LARGEST_MFU = 1e9, 1e3
+"""Of an iteration, and in percent: what is beyond is not a measurement."""
 _MOST_ASSIGNMENTS = 200
 
 
@@ -74,7 +76,7 @@ class NanoGPTLog:
     @property
     def steps_done(self) -> int:
         """The last step that is mentioned: nanoGPT counts from 0, so that evaluation N comes after N steps."""
-        return max((*self.losses, *self.evaluations), default=0)
+        return max(_last(self.losses), _last(self.evaluations), 0)
 
     def curve(self, which: int) -> Curve:
         """Training (0) or validation (1) losses of the evaluations."""
@@ -86,9 +88,12 @@ class NanoGPTLog:
             return
         if "\x1b" in line:
             line = _ANSI.sub("", line)
-        self._see_head(line)
+        if self._echo is not None or any(word in line for word in _HEADS):
+            self._see_head(line)
         found = False
-        for pattern in (_EVALUATION, _ITERATION):
+        for pattern, word in ((_EVALUATION, "tep"), (_ITERATION, "ter")):
+            if word not in line:
+                continue
             for match in pattern.finditer(line):
                 found = True
                 if ended or self._whole(pattern, match):
@@ -107,23 +112,24 @@ class NanoGPTLog:
     # ---------------------------------------------------------------- losses
 
     def _evaluated(self, match: re.Match[str]) -> None:
-        step, values = int(match[1]), (_loss(match[2]), _loss(match[3]))
+        step, values = int(match[1]), (loss_of(float(match[2])), loss_of(float(match[3])))
         if self.evaluations.get(step) == values:
             return  # printed twice, or repeated by a logger
-        if step in self.evaluations or step <= max(self.losses, default=-1):
+        if step <= _last(self.evaluations) or step < _last(self.losses):
             self._go_back(step, step)
         self.evaluations[step] = values
 
     def _iterated(self, match: re.Match[str]) -> None:
-        step, loss = int(match[1]), _loss(match[2])
-        milliseconds, printed = _loss(match[3]), _loss(match[4])
+        step, loss = int(match[1]), loss_of(float(match[2]))
         if step in self.losses and self.losses[step] == loss:
             return
-        if step <= max(self.losses, default=-1):
+        if step <= _last(self.losses):
             self._go_back(step, step + 1)
         self.losses[step] = loss
-        if milliseconds is not None and milliseconds > 0:
-            self.times[step] = milliseconds, printed if printed is not None and printed >= 0 else None
+        if match[3] and 0 < float(match[3]) < SLOWEST_MS:
+            printed = float(match[4]) if match[4] else -1.0
+            self.times[step] = float(match[3]), printed if 0 <= printed < LARGEST_MFU else None
+        self.first_of_process.discard(step)
         if self._new_process:
             self.first_of_process.add(step)
         self._new_process = False
@@ -132,10 +138,9 @@ class NanoGPTLog:
         """A process began again at ``step``: what came later belongs to weights that are lost."""
         self.returns.append((self.steps_done, step))
         self._new_process = True
-        self.losses = {s: value for s, value in self.losses.items() if s < step}
-        self.times = {s: value for s, value in self.times.items() if s < step}
-        self.evaluations = {s: value for s, value in self.evaluations.items() if s < evaluation}
-        self.first_of_process = {s for s in self.first_of_process if s < step}
+        _drop(self.losses, step)
+        _drop(self.times, step)
+        _drop(self.evaluations, evaluation)
 
     # ---------------------------------------------------------------- what it says of itself
 
@@ -212,10 +217,15 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bool]]:
     yield rest, False
 
 
-def _loss(text: str | None) -> float | None:
-    """The number, None for one that is not finite."""
-    value = math.nan if text is None else float(text)
-    return value if math.isfinite(value) else None
+def _last(table: dict[int, Any]) -> int:
+    """The last step of a table whose steps ascend; -1 for an empty one."""
+    return next(reversed(table), -1)
+
+
+def _drop(table: dict[int, Any], step: int) -> None:
+    """Remove ``step`` and what is beyond it."""
+    while _last(table) >= step:
+        table.popitem()
 
 
 def _decimals(number: str) -> int:

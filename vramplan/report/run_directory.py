@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError, Problem
 from ..runconfig import RunConfig
 from ..trainer.metrics import Line, read_metrics
-from .run_record import Curve, Happening, Planned, Rates, Record, SpikeLine
+from .run_record import Curve, Happening, Planned, Rates, Record, SpikeLine, loss_of
 
 CONFIG, METRICS, FACTS = "config.toml", "metrics.jsonl", "run.json"
 """Names inside a run directory; see :mod:`vramplan.trainer.rundir`, which needs torch."""
@@ -85,7 +85,7 @@ def from_config(config: RunConfig) -> dict[str, Any]:
 
 def _curve(lines: list[Line], name: str) -> Curve:
     """One value for each step; of several the last."""
-    return tuple(sorted({line["step"]: line[name] if _number(line, name) else None for line in lines}.items()))
+    return tuple(sorted({line["step"]: loss_of(line.get(name)) for line in lines}.items()))
 
 
 def _number(line: Line, name: str) -> bool:

@@ -5,9 +5,10 @@ Everything here is plain data without torch. A loss that was not a number is Non
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
@@ -16,6 +17,10 @@ from ..trainer.schedule import learning_rate
 
 Curve = tuple[tuple[int, float | None], ...]
 """(step, loss) in the order of the steps, as the run numbered them."""
+
+
+LARGEST_LOSS = 1e6
+"""Beyond this a loss is as good as infinite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +155,12 @@ class Record:
     def tokens_seen(self) -> int | None:
         """Finished steps x tokens per step."""
         return self.steps_done * self.tokens_per_step if self.tokens_per_step is not None else None
+
+
+def loss_of(value: Any) -> float | None:
+    """A loss that can be worked with, None for anything else."""
+    sound = isinstance(value, int | float) and math.isfinite(value) and abs(value) <= LARGEST_LOSS
+    return float(value) if sound else None
 
 
 def finite(curve: Iterable[tuple[int, float | None]]) -> list[tuple[int, float]]:
