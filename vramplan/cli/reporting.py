@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -16,6 +16,9 @@ from ..planner.plan import plan_gpu
 from ..planner.step import StepConfig
 from .options import DEFAULT_MAX_RISK, FilePath, card_options, refused, resolve_target, with_evidence
 from .subject import read_subject
+
+if TYPE_CHECKING:
+    from ..report.health import RunHealth
 
 
 @click.command()
@@ -43,17 +46,32 @@ def report(subject: Path, rank: int, html: Path | None, as_json: bool, max_risk:
     title = f"{subject}{f', plan {rank}' if 'plans' in planned else ''}: {shape.label}"
     limit = max_risk or planned.get("max_risk") or DEFAULT_MAX_RISK
     result = build_report(title, shape, step, gpu, budget, limit, measured, total_bytes=total, held=_held(gpu))
+    health = _health(subject, gpu)
     if html is not None:
         from ..files import write_text
         from ..report.html import render_report
 
-        write_text(html, render_report(result), "--html")
+        write_text(html, render_report(result, health), "--html")
     if as_json:
-        click.echo(json.dumps(result.as_dict()))
+        click.echo(json.dumps(result.as_dict() | ({"health": health.as_dict()} if health else {})))
     elif html is not None:
         click.echo(f"{result.verdict}\nWrote {html}.")
     else:
         print_report(result)
+        if health is not None:
+            from ..report.health_text import print_health
+
+            click.echo()
+            print_health(health)
+
+
+def _health(subject: Path, gpu: Gpu | None) -> RunHealth | None:
+    """The health of a run; None of a plan or configuration."""
+    if not subject.is_dir():
+        return None
+    from ..report.health import health_of_run
+
+    return health_of_run(subject, gpu)
 
 
 def _room(

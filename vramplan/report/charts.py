@@ -163,6 +163,5 @@ def _xy(name: str, colours: Sequence[str], **settings: Any) -> pygal.XY:
 
 
 def _svg(chart: pygal.XY) -> str:
-    """The picture without comments (they hold a date) and links, sized by the page."""
-    text = str(chart.render(is_unicode=True))
-    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    """The picture without comments (they hold a date) and pygal's script, which only tooltips would need."""
+    return re.sub(r"<!--.*?-->|<script.*?</script>", "", str(chart.render(is_unicode=True)), flags=re.DOTALL)

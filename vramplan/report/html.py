@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup, escape
+
 from .. import __version__
 from ..units import gib, gib_needed
 from .charts import GROUP_COLOURS, loss_chart, timeline_chart, ways_chart
@@ -18,6 +20,9 @@ from .risk_text import batch_words, measured_lines, measured_phases, saved_words
 if TYPE_CHECKING:
     import jinja2
 
+    from .health import RunHealth
+    from .run_record import Curve
+
 PART_COLOURS = {"outside": "var(--temporaries)", "free": "var(--panel)", "missing": "var(--bad)"}
 NAMED_COLOURS = {
     "driver": "var(--workspace)", "kept back": "var(--optimizer)",
@@ -26,28 +31,59 @@ NAMED_COLOURS = {
 }  # fmt: skip
 
 
-def render_report(report: RiskReport, health: Any = None) -> str:
-    """The whole page; with the health of the run where there is one (:class:`~.health.RunHealth`)."""
-    context = sections_context(report) | {
+CURVE_POINTS = 400
+"""Of a run's losses, drawn and listed at the most: of each stretch the last."""
+
+
+def render_report(report: RiskReport, health: RunHealth | None = None) -> str:
+    """The whole page; with the health of the run where there is one."""
+    context = {
+        **sections_context(report),
+        **(_health_context(health) if health else {"health": None}),
         "measured_lines": measured_lines(report) if report.measured else [],
         "measured_phases": measured_phases(report) if report.measured else [],
-        "health": health,
-        "loss_chart": _loss_chart(health) if health else "",
-        "version": __version__,
-        "date": date.today().isoformat(),
     }
-    return environment().get_template("report.html").render(context)
+    return _page("report.html", context)
+
+
+def render_health(health: RunHealth) -> str:
+    """The health of a run as a page of its own."""
+    return _page("page_health.html", _health_context(health))
+
+
+def _page(template: str, context: dict[str, Any]) -> str:
+    about = {"version": __version__, "date": date.today().isoformat(), "style": Markup(style())}
+    return environment().get_template(template).render(context | about)
+
+
+def _health_context(health: RunHealth) -> dict[str, Any]:
+    train, validation = _thinned(health.train), _thinned(health.validation)
+    rows = {step: [loss, None] for step, loss in train}
+    for step, loss in validation:
+        rows.setdefault(step, [None, None])[1] = loss
+    curve: list[tuple[int, float, float, float]] = []
+    if health.forecast:
+        last, furthest = health.forecast.last_step, max((health.forecast.last_step, *health.forecast_steps))
+        curve = health.forecast.curve([last + (furthest - last) * i // 20 for i in range(21)])
+    chart = loss_chart(train, validation, curve)
+    return {
+        "health": health,
+        "loss_chart": Markup(_labelled(chart, "Losses of the run over its steps.")) if chart else "",
+        "curve_rows": [(step, *losses) for step, losses in sorted(rows.items())],
+    }
+
+
+def _thinned(curve: Curve) -> list[tuple[int, float | None]]:
+    n = len(curve)
+    return [curve[n * (i + 1) // CURVE_POINTS - 1] for i in range(CURVE_POINTS)] if n > CURVE_POINTS else list(curve)
 
 
 def sections_context(report: RiskReport) -> dict[str, Any]:
     """What the templates need beside the report: charts, widths of the card's parts, and the style."""
-    from markupsafe import Markup
-
     whole = sum(part.n_bytes for part in report.card if part.kind != "missing") or 1
     has_speed = bool(report.ways) and report.tokens_per_second is not None
     return {
         "report": report,
-        "style": Markup(style()),
         "timeline_chart": Markup(_labelled(timeline_chart(report), _timeline_words(report))),
         "ways_chart": Markup(_labelled(ways_chart(report), _ways_words(report))) if has_speed else "",
         "groups": list(GROUP_COLOURS.items()),
@@ -75,18 +111,8 @@ def _ways_words(report: RiskReport) -> str:
     )
 
 
-def _loss_chart(health: Any) -> Any:
-    from markupsafe import Markup
-
-    last = max((step for step, _ in (*health.train, *health.validation)), default=0)
-    curve = health.forecast.curve([last + last * i // 20 for i in range(21)]) if health.forecast and last else []
-    return Markup(_labelled(loss_chart(health.train, health.validation, curve), "Losses of the run over its steps."))
-
-
 def _labelled(svg: str, words: str) -> str:
     """A chart that a screen reader announces with these words instead of reading its numbers one by one."""
-    from markupsafe import escape
-
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
 
 
