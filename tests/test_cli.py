@@ -418,7 +418,14 @@ def test_gpus_lists_and_shows():
 
 def test_report_of_a_plan_and_of_a_configuration(plan_file, tmp_path):
     text = run("report", plan_file).stdout
-    for words in ("OOM-risk report", "headroom", "Levers", "largest batch", "activation checkpointing", "By phase"):
+    for words in (
+        "OOM-risk report",
+        "headroom",
+        "Levers",
+        "largest batch",
+        "activation checkpointing",
+        "phase by phase",
+    ):
         assert words in text
     answer = run_json("report", plan_file, "--rank", "2")
     assert {"levers", "top_tensors", "oom_risk", "headroom_bytes"} <= set(answer)

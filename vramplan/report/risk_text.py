@@ -12,7 +12,7 @@ from ..planner.card_memory import Part
 from ..planner.step import StepConfig
 from ..planner.timeline import GROUPS, Moment
 from ..planner.ways import Way
-from ..units import gib, gib_needed
+from ..units import KIB, gib, gib_needed
 from .console import console, printable
 from .plans import breakdown_table
 from .risk import RiskReport, measured_bytes
@@ -45,7 +45,7 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
         share = row.n_bytes / full.peak_allocated_bytes
         out.print(f"    {gib(row.n_bytes):>10}  {share:>4.0%}  {row.name} ({row.category.replace('_', ' ')})")
     _print_timeline(out, report)
-    _print_card(out, report.card)
+    _print_card(out, report.card, on_card=report.step.device == "cuda")
     _print_evidence(out, report)
     if report.repair is not None:
         out.print(f"\n  Smallest change that fits: {report.repair.sentence()}.")
@@ -87,8 +87,8 @@ def _stack(moment: Moment, context_bytes: int, most: int) -> str:
     return bar
 
 
-def _print_card(out: Console, parts: tuple[Part, ...]) -> None:
-    out.print("\n[bold]Where the card's memory goes[/]")
+def _print_card(out: Console, parts: tuple[Part, ...], *, on_card: bool) -> None:
+    out.print(f"\n[bold]Where the {'card' if on_card else 'machine'}'s memory goes[/]")
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -101,7 +101,8 @@ def _print_card(out: Console, parts: tuple[Part, ...]) -> None:
 
 def _print_evidence(out: Console, report: RiskReport) -> None:
     if not report.evidence:
-        out.print("\n  No measurements of this architecture yet: `vramplan probe` on the card makes them.")
+        if report.step.device == "cuda":
+            out.print("\n  No measurements of this architecture yet: `vramplan probe` on the card makes them.")
         return
     out.print(f"\n[bold]Measured before[/] on this architecture: {len(report.evidence)} configurations")
     for residual in report.evidence[-EVIDENCE_SHOWN:]:
@@ -129,7 +130,8 @@ def _lever_table(report: RiskReport) -> Table:
 
 def saved_words(n_bytes: int) -> str:
     """Bytes saved; with a minus sign what more is needed, and plain zero for none."""
-    return f"{'-' if n_bytes < 0 else ''}{gib(abs(n_bytes))}"
+    shown = gib(abs(n_bytes) if abs(n_bytes) >= KIB else 0)
+    return f"-{shown}" if n_bytes <= -KIB else shown
 
 
 def batch_words(largest: int | None, step: StepConfig) -> str:
