@@ -275,6 +275,15 @@ def test_damaged_metrics_are_one_clear_error(run_of, damage: bytes) -> None:
         health_of_run(path)
 
 
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e-300, 0, -1, None])
+@pytest.mark.parametrize("name", ["loss", "epoch", "tokens", "step_seconds", "tokens_per_second", "alloc_retries"])
+def test_numbers_that_cannot_be_are_left_out(run_of, name: str, value: float | None) -> None:
+    spike = {"kind": "spike", "step": 5, "what": "loss", "value": 3.0, "usual": value, "times": 1.0}
+    health = health_of_run(run_of([*metrics(400, evaluate=50, **{name: value}), spike]))
+    assert json.dumps(health.as_dict(), allow_nan=False)
+    assert health.figures.steps_done == 400
+
+
 def test_damaged_facts_of_the_sessions_cost_only_the_device(run_of) -> None:
     path = run_of()
     (path / "run.json").write_text('{"sessions": [[]]}')

@@ -40,7 +40,7 @@ _HEAD = re.compile(r"Overriding|tokens per iteration|found vocab_size|Initializi
 _ANSI = re.compile(r"\x1b\[[0-9;:?]{0,30}[@-~]|\x1b[@-Z\\-_]")
 _HEADS = ("parameters", "Overriding", "per iteration", "vocab_size", "Initializing", "Resuming")
 _TELLING = ("loss", *_HEADS)
-SLOWEST_MS, LARGEST_MFU = 1e9, 1e3
+SHORTEST_MS, LONGEST_MS, LARGEST_MFU = 1e-3, 1e9, 1e3
 """Of an iteration, and in percent: what is beyond is not a measurement."""
 _MOST_ASSIGNMENTS = 200
 
@@ -126,7 +126,7 @@ class NanoGPTLog:
         if step <= _last(self.losses):
             self._go_back(step, step + 1)
         self.losses[step] = loss
-        if match[3] and 0 < float(match[3]) < SLOWEST_MS:
+        if match[3] and SHORTEST_MS <= float(match[3]) < LONGEST_MS:
             printed = float(match[4]) if match[4] else -1.0
             self.times[step] = float(match[3]), printed if 0 <= printed < LARGEST_MFU else None
         self.first_of_process.discard(step)

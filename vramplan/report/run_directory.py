@@ -14,6 +14,8 @@ from .run_record import Curve, Happening, Planned, Rates, Record, SpikeLine, los
 
 CONFIG, METRICS, FACTS = "config.toml", "metrics.jsonl", "run.json"
 """Names inside a run directory; see :mod:`vramplan.trainer.rundir`, which needs torch."""
+SHORTEST_SECONDS, MOST_TOKENS = 1e-6, 1e15
+"""Of a step, and of an epoch: what is beyond is not a measurement."""
 
 
 def read_run(path: Path, config: RunConfig | None = None) -> Record:
@@ -47,7 +49,7 @@ def read_run(path: Path, config: RunConfig | None = None) -> Record:
         spikes=tuple(
             SpikeLine(line["step"], str(line["what"]), line["value"], line["usual"])
             for line in lines
-            if line["kind"] == "spike" and _number(line, "value") and _number(line, "usual")
+            if line["kind"] == "spike" and _number(line, "value") and _number(line, "usual") and line["usual"] > 0
         ),
         happenings=tuple(
             Happening(line["step"], "guard" if line["kind"] == "guard" else "stopped", str(line["reason"]))
@@ -105,7 +107,9 @@ def _step_seconds(logged: list[Line]) -> tuple[tuple[int, float], ...]:
     return tuple(
         (line["step"], float(line["step_seconds"]))
         for line in logged
-        if _number(line, "tokens_per_second") and _number(line, "step_seconds") and line["step_seconds"] > 0
+        if _number(line, "tokens_per_second")
+        and _number(line, "step_seconds")
+        and line["step_seconds"] > SHORTEST_SECONDS
     )
 
 
@@ -114,7 +118,8 @@ def _unique_tokens(logged: list[Line], config: RunConfig | None) -> int | None:
     for line in reversed(logged):
         if _number(line, "epoch") and _number(line, "tokens") and line["epoch"] > 0:
             block = config.model.block_size if config else 1
-            return round(float(line["tokens"]) / float(line["epoch"]) / block) * block
+            tokens = float(line["tokens"]) / float(line["epoch"])
+            return round(tokens / block) * block if block <= tokens < MOST_TOKENS else None
     return None
 
 

@@ -109,10 +109,11 @@ def _first_loss(log: NanoGPTLog) -> float | None:
 def _configured(log: NanoGPTLog, config: Config | None) -> tuple[dict[str, Any], list[str]]:
     """The fields of a Record that configuration and log decide together, and what is to be said of that."""
     if isinstance(config, RunConfig):
-        known = from_config(config) | {"processes": 1, "from_scratch": log.scratch}
-        known["shape"], known["vocab_size"] = _with_vocabulary(config.shape, log.vocab_size), log.vocab_size
-        known["tokens_per_step"] = log.tokens_per_step or config.tokens_per_step
-        return known | {"vocab_size": log.vocab_size or config.model.vocab_size}, []
+        shape = _with_vocabulary(config.shape, log.vocab_size)
+        return from_config(config) | {
+            "shape": shape, "vocab_size": int(shape.vocab_size), "processes": 1, "from_scratch": log.scratch,
+            "tokens_per_step": log.tokens_per_step or config.tokens_per_step,
+        }, []  # fmt: skip
     stated = {**(config.stated if config else {}), **log.stated}
     notes = list(config.notes) if config else []
     notes += _contradictions(config.stated if config else {}, log.stated)
@@ -120,20 +121,17 @@ def _configured(log: NanoGPTLog, config: Config | None) -> tuple[dict[str, Any],
     try:
         found.check("the configuration that the log repeats")
     except ConfigError as error:
-        notes.append(f"{error}.")
-        found, config = NanoGPTConfig({}), None
-        return _unknown(log), notes
+        return _unknown(log), [*notes, f"{error}."]
     shape = _with_vocabulary(found.shape, log.vocab_size)
     if config is None and not _tells_its_shape(log, shape):
         return _unknown(log), notes
     settings = found.settings
-    stated_processes = config.world_size if config and config.world_size > 1 else None
     return {
         "shape": shape,
         "step": found.step,
         "vocab_size": int(shape.vocab_size),
         "tokens_per_step": log.tokens_per_step or _tokens_per_step(settings),
-        "processes": stated_processes,
+        "processes": config.world_size if config and config.world_size > 1 else None,
         "total_steps": settings["max_iters"],
         "from_scratch": log.scratch if log.scratch is not None else settings["init_from"] == "scratch",
         "rates": _rates(settings),
