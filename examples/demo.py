@@ -44,6 +44,7 @@ def main() -> int:
     vramplan("train", str(OUT / "run.toml"), "--data", str(OUT / "corpus.parquet"), "--out", run)
     vramplan("sample", run, "--prompt", "The function returns", "--max-new-tokens", "40")
     vramplan("report", run)
+    vramplan("report", run, "--html", str(OUT / "report.html"))
 
     metrics = (OUT / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in metrics.splitlines()]
