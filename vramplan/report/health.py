@@ -13,7 +13,7 @@ from ..units import count, gib
 from .advice import Advice, worst
 from .forecast import Forecast, forecast
 from .health_advice import advise
-from .health_figures import Figures, figures_of, smoothed, throughput
+from .health_figures import Figures, as_asked, figures_of, smoothed, throughput
 from .run_directory import read_run
 from .run_record import Curve, Record
 
@@ -191,7 +191,7 @@ def _size(record: Record, f: Figures) -> Fact:
         return Fact("parameters", NOT_KNOWN)
     bare = f"{count(f.parameters_without_positions)} without positions"
     value = bare if f.parameters is None else f"{count(f.parameters)}, {bare}"
-    asked = f"{count(f.asked_parameters)} asked for" if f.asked_parameters else "--params says how many were wanted"
+    asked = f"{as_asked(f.asked_parameters)} asked for" if f.asked_parameters else "--params says how many were wanted"
     return Fact("parameters", f"{record.shape.label}: {value}" if record.shape else value, asked)
 
 

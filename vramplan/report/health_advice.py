@@ -9,7 +9,7 @@ from ..units import count, gib
 from . import health_losses as losses
 from .advice import Advice, worst
 from .forecast import Forecast
-from .health_figures import Figures
+from .health_figures import Figures, as_asked
 from .run_record import Record
 
 TOKENS_PER_PARAMETER = 20
@@ -48,17 +48,12 @@ def _size(record: Record, f: Figures) -> Iterator[Advice]:
     numbers = f"{has:,} of {asked:,}: {has / asked - 1:+.0%}"
     label = f"{record.shape.label} has" if record.shape else "The model has"
     if abs(has / asked - 1) > FAR_FROM_TARGET:
-        remedy = f"vramplan plan --params {_words(asked)} finds shapes of that size"
+        remedy = f"vramplan plan --params {as_asked(asked)} finds shapes of that size"
         yield Advice(
-            "warning", "size", f"{label} {count(has)} parameters, not the {_words(asked)} asked for.", numbers, remedy
+            "warning", "size", f"{label} {count(has)} parameters, not the {as_asked(asked)} asked for.", numbers, remedy
         )
     else:
         yield Advice("ok", "size", f"{label} {count(has)} parameters, as asked for.", numbers)
-
-
-def _words(asked: int) -> str:
-    """``125M``: as people ask for it."""
-    return f"{asked / 1e6:g}M" if asked >= 10**6 else f"{asked:,}"
 
 
 def _budget(record: Record, f: Figures) -> Iterator[Advice]:

@@ -126,6 +126,11 @@ def figures_of(record: Record, gpu: Gpu | None, asked: int | None, unique_tokens
     )
 
 
+def as_asked(asked: int) -> str:
+    """``125M``: as people ask for it."""
+    return f"{asked / 1e6:g}M" if asked >= 10**6 else f"{asked:,}"
+
+
 def throughput(record: Record) -> tuple[tuple[int, float], ...]:
     """(step, tokens per second), without evaluations where the record can tell them apart."""
     if record.tokens_per_step is None:

@@ -14,7 +14,7 @@ from .run_record import Curve, Happening, Planned, Rates, Record, SpikeLine, los
 
 CONFIG, METRICS, FACTS = "config.toml", "metrics.jsonl", "run.json"
 """Names inside a run directory; see :mod:`vramplan.trainer.rundir`, which needs torch."""
-SHORTEST_SECONDS, MOST_TOKENS = 1e-6, 1e15
+SHORTEST_SECONDS, LONGEST_SECONDS, MOST_TOKENS = 1e-6, 1e6, 1e15
 """Of a step, and of an epoch: what is beyond is not a measurement."""
 
 
@@ -109,7 +109,7 @@ def _step_seconds(logged: list[Line]) -> tuple[tuple[int, float], ...]:
         for line in logged
         if _number(line, "tokens_per_second")
         and _number(line, "step_seconds")
-        and line["step_seconds"] > SHORTEST_SECONDS
+        and SHORTEST_SECONDS < line["step_seconds"] < LONGEST_SECONDS
     )
 
 
