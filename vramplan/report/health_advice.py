@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..errors import command
 from ..planner.plan import FAR_FROM_TARGET
 from ..units import count, gib
 from . import health_losses as losses
@@ -122,7 +123,7 @@ def _length(record: Record, f: Figures) -> Iterator[Advice]:
     if f.total_steps is None or f.steps_done >= f.total_steps or not f.steps_done:
         return
     numbers = f"{f.steps_done:,} of {f.total_steps:,} steps, {f.steps_done / f.total_steps:.0%}"
-    ours = f"vramplan train --resume {record.title}" if record.program == "vramplan" else ""
+    ours = command("vramplan", "train", "--resume", record.title) if record.program == "vramplan" else ""
     yield Advice("note", "length", "The run is not at its end.", numbers, ours)
 
 
@@ -207,4 +208,4 @@ def _next(
             remedy = "the schedule is over: more steps are a new run, or a second decay"
         yield Advice("note", "next", text, numbers, remedy)
     if record.program == "vramplan" and record.steps_done:
-        yield Advice("note", "next", "Look at what it writes.", "", f"vramplan sample {record.title}")
+        yield Advice("note", "next", "Look at what it writes.", "", command("vramplan", "sample", record.title))
