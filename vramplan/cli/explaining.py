@@ -65,7 +65,7 @@ def explain(
             collect.problems.append(Problem(f"--{name}", "missing", "means nothing without a card", remedy))
     if config is not None:
         with collect:
-            source = read_source(config)
+            source = read_source(config, text.parent)
     elif out is not None:
         rule = "has nothing to be written without a configuration"
         collect.problems.append(Problem("--out", str(out), rule, "add --config"))
@@ -80,6 +80,8 @@ def explain(
         given = Available(target.budget.budget_bytes, _words(target.gpu, gpu, vram, target.budget.reserve_bytes))
     read, notes = _read(text)
     found = read_oom(read)
+    if source is not None and source.nanogpt is not None:
+        notes.extend(source.nanogpt.notes)
     if source is None and found.is_memory:
         source = _from_log(read, notes)
     pair = (source.shape, source.step) if source else None
@@ -120,12 +122,12 @@ def _planned(source: Source | None) -> Available | None:
 # -------------------------------------------------------------------- reading
 
 
-def read_source(given: str) -> Source:
-    """The configuration that ``--config`` names. Raises ConfigError."""
+def read_source(given: str, near: Path) -> Source:
+    """The configuration that ``--config`` names; files of a command line also ``near`` the log. Raises ConfigError."""
     path = Path(FilePath().parse(given, "--config")) if len(given) < 4096 and "\n" not in given else None
     is_path = path is not None and path.exists()
     if (path is not None and path.suffix == ".py" and " " not in given.strip()) or (not is_path and "--" in given):
-        found = read_nanogpt(given)
+        found = read_nanogpt(given, near=near)
         return Source(found.shape, found.step, nanogpt=found)
     if path is None:
         raise ConfigError(Problem("--config", f"{given[:40]}...", "is neither a file nor a command line"))

@@ -25,6 +25,9 @@ MESSAGE = 2600
 MOST_LINES, MOST_CHARACTERS = 4000, 400_000
 """Of a text's end, in which another failure is looked for."""
 
+LOOSE_HEAD = 700
+"""Characters before the first words of a message that a line's end did not break."""
+
 HEAD = 260
 """Characters before its first figure."""
 
@@ -101,7 +104,7 @@ def _with_figures(text: str, lower: str) -> Iterator[Event]:
     tails = sorted(at for needle in _TAILS for at in last_places(needle, lower))
     for at in tails:  # whose first words were cut off, or broken by the end of a line
         if not any(head - HEAD <= at <= head + MESSAGE for head in heads):
-            heads.append(max(at - HEAD, 0))
+            heads.append(max(at - LOOSE_HEAD, 0))
     heads.sort()
     for i, at in enumerate(heads):
         following = heads[i + 1] if i + 1 < len(heads) else len(text) + HEAD
@@ -143,5 +146,6 @@ _HEADS = (
 )
 _TAILS = (
     "total capac", "already alloc", "reserved in total", "allocated by pytorch", "reserved by pytorch but",
-    "non-pytorch memory, this", "memory fraction", "according to",
+    "non-pytorch memory, this", "memory fraction", "according to", "capaci", "unalloc", "is free", "memory in use",
+    "is reserved", "torch, and",
 )  # fmt: skip

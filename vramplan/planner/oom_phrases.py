@@ -104,6 +104,8 @@ def _killed(says: str, *, limited: bool = False) -> Reader:
 def _wrapper(text: str, first: int, last: int, at: re.Match[str]) -> Event | None:
     """Reads inductor's C++ wrapper: aoti_torch_empty_strided(..., dtype, device type, index, ...) failed."""
     line = text[first:last]
+    if talks(line, at.start() - first, at.end() - first):
+        return None
     device = re.search(r"device_type_(\w+)|,\s*(\d+)\s*,\s*(\d+)\s*,\s*&", line)
     host = device is not None and (device[1] == "cpu" or device[2] == "0")
     dtype = re.search(r"torch_dtype_(\w+)", line)
@@ -154,7 +156,8 @@ _PHRASES: tuple[tuple[str, str, Reader], ...] = (
     ("allocation_failed", r"cudnn_status_\w{0,60}allocation_failed", _bare("cuda_oom", _LIBRARY)),
     ("failed to cuda", r"failed to cuda (?:malloc|calloc|host alloc)", _bare("cuda_oom", _NCCL)),
     ("nvml_success", r"nvml_success == .{0,60}internal assert failed.{0,80}cachingallocator", _bare("cuda_oom", _NVML)),
-    ("outofmemoryerror", r"(?m)(?:torch\.)?(?:cuda\.)?outofmemoryerror(?=[:(]|\W*$)", _bare("cuda_oom", _CARD)),
+    ("outofmemoryerror", r"(?m)(?:torch\.)?(?:cuda\.)?outofmemoryerror(?=:|\(['\"]|[\s'\"`*)]*$)",
+     _bare("cuda_oom", _CARD)),
     ("allocation on device", r"(?m)allocation on device[ \t]*\d*\W{0,3}$", _bare("cuda_oom", _CARD)),
     ("aoti_torch_empty_strided", r"aoti_torch_empty_strided.{0,300}?(?:failed|error)", _wrapper),
     ("bad_alloc", r"std::bad_alloc", _bare("host_oom", _CPP)),
@@ -170,7 +173,7 @@ _PHRASES: tuple[tuple[str, str, Reader], ...] = (
     ("oom", r"oom[-_]kill event|oom killed", _killed(_BATCH, limited=True)),
     ("out of memory", r"task \d+: out of memory", _killed(_BATCH, limited=True)),
     ("memory limit", r"exceeded (?:job |step )?memory limit", _killed(_BATCH, limited=True)),
-    ("sigkill", r"\(sigkill\) received by pid|signals\.sigkill|signal sigkill|sigkill\)", _killed(_SIGKILL)),
+    ("sigkill", r"\(sigkill\) received by pid|<signals\.sigkill|signal sigkill|9: sigkill", _killed(_SIGKILL)),
     ("signal", r"\bsignal:? 9\b|by signal: killed", _killed(_SIGKILL)),
     ("137", r"(?:exit\w*|code|status)\b[^\n]{0,24}?[\s:=(]137\b", _killed(_CODE_KILLED)),
     ("-9", r"(?:exit\w*|code|status)\b[^\n]{0,24}?[\s:=(]-9\b", _killed(_CODE_KILLED)),

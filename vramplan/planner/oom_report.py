@@ -46,9 +46,9 @@ class Other:
 
 
 OTHER_FRAMEWORKS = (
+    (r"paddle|Out of memory error on GPU \d", "PaddlePaddle"),
     (r"tensorflow|\bTF_|ResourceExhaustedError|OOM when allocating tensor|bfc_allocator|stream_executor", "TensorFlow"),
     (r"\bjax|\bxla\b|xla[._/]|RESOURCE_EXHAUSTED", "JAX"),
-    (r"paddle|Out of memory error on GPU \d", "PaddlePaddle"),
     (r"ggml|llama\.cpp|llama_(?:model|kv|init|new|decode|context)|whisper_", "llama.cpp (ggml)"),
     (r"onnxruntime|\bORT\b|BFCArena|bfc_arena", "ONNX Runtime"),
     (r"cupy", "CuPy"),
@@ -105,14 +105,16 @@ TALK_AFTER = re.compile(
     re.IGNORECASE,
 )
 _REPORTS = re.compile(
-    r"\b(?:\w*(?:Error|Exception)|error|warning|fatal|critical|exception|failed|failure|crashed|caught|terminated|aborted)\b"
+    r"\b(?:\w*(?:Error|Exception)|error|warning|fatal|critical|exception|fail|failed|failure|crashed|caught|terminated|aborted)\b"
     r"|what\(\)",
     re.IGNORECASE,
 )
 CODE = re.compile(
     r"\s*(?:raise|except|if|elif|while|assert|return|def|class|import|from|print|with|case|log(?:ger|ging)?\.\w+)\b"
-    r"|\s*[\w.]+ [+|]?= |.*\bin str\(|.*isinstance\(|.*\.lower\(\)|\s*(?:#|//)"
+    r"|\s*[\w.]+ [+|]?= |.*\bin str\(|.*isinstance\(|.*\.lower\(\)|\s*(?:#|//|@\w)"
+    r"|\s*[(\[]{0,2}[rf]?[\"'].*[\"'][)\],]+\s*$|\s*(?![\w.]*(?:Error|Exception)\()[\w.]+\(.*\)\s*$"
 )
+"""Lines of source code, as tracebacks quote them and as people paste them."""
 
 
 def framework_of(text: str) -> str | None:
@@ -130,9 +132,9 @@ def mentioned(line: str, start: int) -> bool:
 def talks(line: str, start: int, end: int, *, after: bool = True) -> bool:
     """Whether the phrase at ``start`` of a line is spoken of rather than reported."""
     before = line[:start]
-    if CODE.match(line) or (after and TALK_AFTER.match(line[end : end + 40])):
+    if CODE.match(line) or line.lstrip().startswith("|") or (after and TALK_AFTER.match(line[end : end + 40])):
         return True
     bare = without_prefix(before.replace("**", "")).strip("\"'`( \t")
     if not bare:
-        return before.lstrip().startswith(("#", "//", "|", "*"))
+        return before.lstrip().startswith(("#", "//", "*"))
     return bool(TALK.search(bare)) or _REPORTS.search(before) is None
