@@ -472,8 +472,8 @@ def test_the_traceback_shows_the_moment(frame: str, moment: str | None) -> None:
             {"cause": "exhausted", "requested_bytes": 4194304},
         ),
         (
-            "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1.22 GiB for an array with shape (40000, 4096)"
-            " and data type float64",
+            "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1.22 GiB for an array with shape "
+            "(40000, 4096) and data type float64",
             {"cause": "exhausted", "requested_bytes": b(1.22, GIB), "shape": [40000, 4096], "dtype": "float64"},
         ),
         (
