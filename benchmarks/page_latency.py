@@ -26,7 +26,9 @@ async (place) => {
   slider.dispatchEvent(new Event("input", {bubbles: true}));
   const seen = {};
   const watch = (id) => new Promise((done) => {
-    const observer = new MutationObserver(() => { seen[id] = performance.now() - since; observer.disconnect(); done(); });
+    const observer = new MutationObserver(() => {
+      seen[id] = performance.now() - since; observer.disconnect(); done();
+    });
     observer.observe(document.getElementById(id), {childList: true});
   });
   await Promise.all([watch("verdict-part"), watch("levers-part")]);

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import rich_click as click
 
 from ..device import live_gpu
 from ..errors import ConfigError, Problem
 from ..planner.gpu import Gpu, find_gpu
-from .options import Count, refused
+from .options import Count, FilePath, refused
 
 
 def _card(name: str | None) -> Gpu | None:
@@ -30,6 +31,7 @@ def _card(name: str | None) -> Gpu | None:
 @click.option("--params", type=Count(), help="Parameters that were wanted, such as 125M.")
 @click.option("--data-tokens", type=Count(), help="Tokens of the training data, each counted once.")
 @click.option("--at", type=Count(), multiple=True, help="Forecast the loss at this step. May be repeated.")
+@click.option("--html", type=FilePath(), help="Write it as one HTML file that needs no network.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def health(
     run: str,
@@ -38,6 +40,7 @@ def health(
     params: int | None,
     data_tokens: int | None,
     at: tuple[int, ...],
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Is this run healthy? True size, tokens and epochs, loss and where it is heading, MFU of your card, what is wrong.
@@ -57,8 +60,15 @@ def health(
 
     record = read_record(run, config)
     result = build_health(record, card, asked=params, unique_tokens=data_tokens, forecast_steps=tuple(sorted(set(at))))
+    if html is not None:
+        from ..files import write_text
+        from ..report.html import render_health
+
+        write_text(html, render_health(result), "--html")
     if as_json:
         click.echo(json.dumps(result.as_dict()))
+    elif html is not None:
+        click.echo(f"The worst verdict is {result.verdict}. Wrote {html}.")
     else:
         from ..report.health_text import print_health
 

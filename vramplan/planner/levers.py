@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,10 @@ LEAST_CHUNK = 256
 """Shorter slices save next to nothing: the head and its gradient are larger by then."""
 
 
+Task = tuple[Shape, StepConfig, Gpu | None, AllocatorSettings | None]
+Map = Callable[[Callable[[Task], int], Iterable[Task]], Iterable[int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Lever:
     """One change to a configuration.
@@ -49,30 +53,36 @@ class Lever:
 
 def levers(
     shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float, *,
-    base_bytes: int | None = None, batches: bool = True,
+    base_bytes: Callable[[], int] | None = None, batches: bool = True, each: Map = map,
 ) -> list[Lever]:  # fmt: skip
     """Every single change that is legal for this configuration, most memory saved first.
 
-    ``base_bytes`` is what the process needs as it is, where that is known already. Without ``batches`` the largest
-    batch of each is not looked for, which takes most of the time.
+    ``base_bytes`` says what the process needs as it is, where somebody works that out anyway. Without ``batches`` the
+    largest batch of each is not looked for, which takes most of the time. ``each`` may spread the work over processes.
     """
-    base = estimate(shape, step, gpu).process_bytes if base_bytes is None else base_bytes
+    legal = [found for found in _neighbours(shape, step, gpu) if not check_step(found[2])]
+    tasks: list[Task] = [(other_shape, other, gpu, None) for _, other_shape, other, _ in legal]
+    expandable = AllocatorSettings(expandable_segments=True)
+    if step.device == "cuda":
+        tasks.append((shape, step, gpu, expandable))
+    needs = each(_process_bytes, tasks)
+    base = estimate(shape, step, gpu).process_bytes if base_bytes is None else base_bytes()
     speed = tokens_per_second(shape, step, gpu) if gpu is not None else None
+    *others, last = [*needs, 0] if step.device == "cpu" else needs
     found = []
-    for name, other_shape, other, changes in _neighbours(shape, step, gpu):
-        if check_step(other):
-            continue
-        process = estimate(other_shape, other, gpu).process_bytes
+    for (name, other_shape, other, changes), process in zip(legal, others, strict=True):
         ratio = float(tokens_per_second(other_shape, other, gpu) / speed) if gpu is not None else None
         batch = largest_batch(other_shape, other, gpu, budget_bytes, max_risk) if batches else None
         found.append(Lever(name, other_shape, other, process, base - process, ratio, batch, changes))
-    if step.device == "cuda":
-        settings = AllocatorSettings(expandable_segments=True)
-        process = estimate(shape, step, gpu, settings).process_bytes
-        if process < base:
-            batch = largest_batch(shape, step, gpu, budget_bytes, max_risk, settings) if batches else None
-            found.append(Lever(EXPANDABLE, shape, step, process, base - process, None, batch, False))
+    if 0 < last < base:
+        batch = largest_batch(shape, step, gpu, budget_bytes, max_risk, expandable) if batches else None
+        found.append(Lever(EXPANDABLE, shape, step, last, base - last, None, batch, False))
     return sorted(found, key=lambda lever: -lever.saved_bytes)
+
+
+def _process_bytes(task: Task) -> int:
+    """What the process needs; of one argument, and picklable, for whoever spreads the work."""
+    return estimate(*task).process_bytes
 
 
 def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tuple[str, Shape, StepConfig, bool]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import ConfigError, Problem, VramplanError
-from .page import Offer, Page
+from ..planner.levers import Task
+from .page import Page
 
 HOST = "127.0.0.1"
 POLICY = (
@@ -24,12 +26,14 @@ POLICY = (
 """What a browser may load for the page: nothing from elsewhere."""
 
 LONGEST_QUERY = 4096
+HELPERS = max(1, min(4, (os.cpu_count() or 2) - 1))
+"""Processes that work out levers."""
 
 
 class PageServer(ThreadingHTTPServer):
     """The page on a port of the loopback address; port 0 takes any that is free. A context manager.
 
-    The levers are worked out in a second process, at the same time as the rest. Raises ConfigError when the port
+    The levers are worked out in other processes, at the same time as the rest. Raises ConfigError when the port
     cannot be had.
     """
 
@@ -42,9 +46,10 @@ class PageServer(ThreadingHTTPServer):
         except OSError as error:
             rule = f"cannot be listened on ({error.strerror})"
             raise ConfigError(Problem("--port", port, rule, "name another, or leave it out")) from None
-        spawn = multiprocessing.get_context("spawn")
-        self.helper = ProcessPoolExecutor(1, spawn, _begin, (tuple(page.cards.values()), page.max_risk, page.torch))
-        self.helper.submit(_levers, {})  # so that the first movement does not wait for imports
+        self.helpers = ProcessPoolExecutor(HELPERS, multiprocessing.get_context("spawn"))
+        page.each = self._spread
+        for _ in range(HELPERS):
+            self.helpers.submit(_ready)  # so that the first movement does not wait for their imports
 
     @property
     def url(self) -> str:
@@ -52,38 +57,26 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_port}/"
 
     def server_close(self) -> None:
-        """Let go of the port and the second process."""
+        """Let go of the port and the helping processes."""
         super().server_close()
-        self.helper.shutdown(wait=False, cancel_futures=True)
+        self.helpers.shutdown(wait=False, cancel_futures=True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that no longer waits for an answer is no error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
-    def levers(self, query: dict[str, str]) -> dict[str, Any]:
-        """The levers, from the second process; from this one when that has died."""
+    def _spread(self, work: Callable[[Task], int], tasks: Iterable[Task]) -> Iterable[int]:
+        """Work done by the helping processes; in this one, should they have died."""
+        tasks = list(tasks)
         try:
-            return self.helper.submit(_levers, query).result()
+            return self.helpers.map(work, tasks)
         except BrokenExecutor:
-            return self.page.levers(query)
+            return map(work, tasks)
 
 
-_page: Page | None = None
-
-
-def _begin(cards: Sequence[Offer], max_risk: float, torch: str) -> None:
-    """The second process's own page; it never searches."""
-    global _page
-    _page = Page(cards, max_risk, torch, _no_search)
-
-
-def _no_search(words: list[str]) -> Any:
-    raise VramplanError("only the first process searches")
-
-
-def _levers(query: dict[str, str]) -> dict[str, Any]:
-    return _page.levers(query) if _page is not None else {}
+def _ready() -> None:
+    """Nothing: that a process can answer is what matters."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._configuration(query)
         elif path in ("/view", "/levers", "/more", "/best"):
             self._answer(
-                {"/view": page.view, "/levers": self.server.levers, "/more": page.more, "/best": page.best}[path], query
+                {"/view": page.view, "/levers": page.levers, "/more": page.more, "/best": page.best}[path], query
             )
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", b"There is nothing here.\n")

@@ -30,8 +30,9 @@ TOP_TENSORS = 10
 class RiskReport:
     """All data of the report in one place; text, JSON and HTML are read from it.
 
-    ``largest_batch``, ``repair`` and ``ways`` are left empty in a quick report. ``evidence`` are the measurements of
-    this workload and mode on the card's architecture. ``measured`` holds what a run recorded (:mod:`..cli.subject`).
+    ``levers``, ``largest_batch``, ``repair`` and ``ways`` are left empty in a quick report. ``evidence`` are the
+    measurements of this workload and mode on the card's architecture. ``measured`` holds what a run recorded
+    (:mod:`..cli.subject`).
     """
 
     title: str
@@ -131,13 +132,12 @@ def _lever_dict(lever: Lever) -> dict[str, Any]:
 def build_report(
     title: str, shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
     measured: Mapping[str, Any] | None = None, *, total_bytes: int | None = None, held: Sequence[Held] = (),
-    quick: bool = False, with_levers: bool = True,
+    quick: bool = False,
 ) -> RiskReport:  # fmt: skip
     """Compute everything the report shows.
 
     ``total_bytes`` is what there is before something is kept back (the budget unless given), ``held`` the other
-    processes of the live card. ``quick`` leaves out what takes more than a tenth of a second; the levers can be left
-    out as well.
+    processes of the live card. A ``quick`` report has neither levers nor ways nor repair.
     """
     full = estimate(shape, step, gpu)
     needs = math.ceil(needed_for(full, max_risk))
@@ -157,11 +157,9 @@ def build_report(
         card=card_memory(gpu, max(total_bytes or 0, budget_bytes), budget_bytes, full, held),
         timeline=step_timeline(full),
         evidence=gpu.evidence.of(step.workload, mode_of(step)) if gpu else (),
-        levers=tuple(
-            levers(shape, step, gpu, budget_bytes, max_risk, base_bytes=full.process_bytes, batches=not quick)
-            if with_levers
-            else ()
-        ),
+        levers=()
+        if quick
+        else tuple(levers(shape, step, gpu, budget_bytes, max_risk, base_bytes=lambda: full.process_bytes)),
         largest_batch=None if quick else largest_batch(shape, step, gpu, budget_bytes, max_risk),
         repair=None if quick or needs <= budget_bytes else smallest_repair(shape, step, gpu, budget_bytes, max_risk),
         ways=() if quick else ways(shape, step, gpu, budget_bytes, max_risk),
