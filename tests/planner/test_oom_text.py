@@ -162,6 +162,18 @@ def test_one_unmarked_process_too_small_for_torchs_memory_is_another() -> None:
     assert [p.pid for p in found.processes] == [96]
 
 
+def test_of_several_unmarked_processes_the_smallest_that_fits_is_taken_for_this_one() -> None:
+    text = NEW.replace(
+        "Including non-PyTorch memory, this process has 23.20 GiB",
+        "Process 12 has 28.00 MiB memory in use. Process 13 has 4.06 GiB",
+    ).replace("22.35 GiB is", "3.60 GiB is")
+    found = read_oom(text)
+    assert found.figures.process_bytes is None
+    assert len(found.processes) == 2
+    assert found.cause == "other_process"
+    assert "19.15 GiB" in found.reason
+
+
 def test_what_nobody_is_named_for_counts_as_others() -> None:
     text = NEW.replace("this process has 23.20 GiB", "this process has 9.00 GiB").replace("22.35", "8.40")
     assert fields(text)["cause"] == "other_process"
@@ -531,6 +543,8 @@ def test_memory_of_the_host_is_told_from_the_cards(text: str, expected: dict[str
     [
         ("torch._inductor.exc.InductorError: No valid triton configs. OutOfMemoryError: out of resource: triton_mm "
          "Required: 150000 Hardware limit:101376", "Triton"),
+        ("ERROR:torch._inductor.select_algorithm:Exception No valid triton configs. OutOfMemoryError: out of resource: "
+         "triton_mm Required: 290000 Hardware limit:232448", "Triton"),
         ("out of resource: shared memory, Required: 140000, Hardware limit: 99000.", "Triton"),
         ("ResourceExhaustedError: OOM when allocating tensor with shape[9,9] on GPU:0 by GPU_0_bfc", "TensorFlow"),
         ("E tensorflow/stream_executor/cuda/cuda_driver.cc:9] failed to allocate 2.00G from device: "
@@ -567,6 +581,7 @@ def test_memory_of_the_host_is_told_from_the_cards(text: str, expected: dict[str
         ("To avoid CUDA out of memory errors, lower the batch. A RuntimeError: CUDA error: out of memory can also come "
          "from another program.", "nothing"),
         ("### CUDA out of memory\n\nIf you see `torch.OutOfMemoryError: CUDA out of memory`, restart.", "nothing"),
+        ("* **`RuntimeError: CUDA error: out of memory`**: reduce the batch size.", "nothing"),
         ("| `CUDA error: out of memory` | lower the batch |", "nothing"),
         ("If reserved memory is >> allocated memory try setting max_split_size_mb to avoid fragmentation.", "advice"),
         ("Exit code 137 means that a process was killed.", "nothing"),

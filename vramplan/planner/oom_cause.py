@@ -105,10 +105,9 @@ def holders(figures: Figures) -> Holders:
     if f.total_bytes is None or f.free_bytes is None:
         return Holders(reserved, idle, process, None)
     used = f.total_bytes - f.free_bytes
-    if listed:
-        own = [n for n in listed if reserved is not None and n >= reserved]
-        outside = used - sum(listed) >= (reserved or 0) + _rounding(f.total_bytes)
-        return Holders(reserved, idle, process, sum(listed) - (0 if outside or not own else min(own)))
+    own = [n for n in listed if reserved is not None and n >= reserved]
+    if own:  # the smallest that can hold what torch does
+        return Holders(reserved, idle, process, max(0, used - min(own)))
     if process is not None:
         return Holders(reserved, idle, process, max(0, used - process), derived=True)
     if reserved is None:

@@ -32,9 +32,7 @@ HEAD = 260
 """Characters before its first figure."""
 
 
-_HEADER = re.compile(
-    r"\b(CUDA|HIP|XPU|NPU|MPS|MUSA|GCU|MLU|HPU)(?:backend|driver)?(?:error:)?outofmemory", re.IGNORECASE
-)
+_HEADER = re.compile(r"(CUDA|HIP|XPU|NPU|MPS|MUSA|GCU|MLU|HPU)(?i:backend|driver)?(?i:error:)?(?i:outofmemory)")
 
 
 def memory_events(text: str) -> list[Event]:

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from .oom_fields import Figures, figures_in, without_prefix
 from .oom_report import CODE, TALK, TALK_AFTER, Event, Kind, framework_of, talks
 
+_TRITON = re.compile(r"(?i)out of resource|no valid triton configs")
+"""What inductor wraps in an OutOfMemoryError, and what is none."""
+
 Reader = Callable[[str, int, int, "re.Match[str]"], Event | None]
 
 
@@ -25,7 +28,7 @@ def _bare(kind: Kind, says: str, *, limited: bool = False, final: bool = False) 
         around = text[max(0, first - 300) : last + 300]
         if kind != "host_oom" and framework_of(around) is not None:
             return None
-        if framework_of(line) is not None:
+        if framework_of(line) is not None or _TRITON.search(line):
             return None
         own = kind
         if kind == "cuda_oom" and re.search(r"\bhip|rocm|rocblas|miopen", line, re.IGNORECASE):

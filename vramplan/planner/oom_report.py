@@ -117,6 +117,11 @@ CODE = re.compile(
 """Lines of source code, as tracebacks quote them and as people paste them."""
 
 
+_LISTED = re.compile(r"\s*(?:[*+-]|\d+\.)\s")
+_SPAN_ENDS = re.compile(r"[^`\n]{0,200}`\W*\w")
+"""An item of a list that quotes an error and goes on to speak of it."""
+
+
 def framework_of(text: str) -> str | None:
     """The other framework whose failure a piece of text is; None for torch's."""
     if _TORCH.search(text):
@@ -133,6 +138,8 @@ def talks(line: str, start: int, end: int, *, after: bool = True) -> bool:
     """Whether the phrase at ``start`` of a line is spoken of rather than reported."""
     before = line[:start]
     if CODE.match(line) or line.lstrip().startswith("|") or (after and TALK_AFTER.match(line[end : end + 40])):
+        return True
+    if after and _LISTED.match(line) and _SPAN_ENDS.match(line, end):
         return True
     bare = without_prefix(before.replace("**", "")).strip("\"'`( \t")
     if not bare:
