@@ -248,8 +248,8 @@ def test_a_request_beyond_the_card_is_exhausted() -> None:
 @pytest.mark.parametrize("size", ["17179869184.00 GiB", "-2.00 GiB", "17179869183.88 GiB"])
 def test_a_negative_size_is_said_to_be_nonsense(size: str) -> None:
     found = read_oom(NEW.replace("640.00 MiB", size))
-    number = float(size.split()[0])
-    assert found.figures.requested_bytes == round(number * GIB)
+    assert found.as_dict()["requested_bytes"] is None
+    assert any(size.split()[0] in note for note in found.notes)
     assert found.cause == "unknown"
     assert "nonsense" in found.reason
 
@@ -263,7 +263,7 @@ def test_more_than_an_exabyte_is_nonsense_too() -> None:
 def test_a_process_size_that_the_driver_cannot_tell_is_left_out_of_the_judgement() -> None:
     text = NEW.replace("23.20 GiB", "17179869184.00 GiB")
     found = read_oom(text)
-    assert found.figures.process_bytes == 2**64
+    assert found.as_dict()["process_bytes"] is None
     assert found.cause == "exhausted"
     assert any("2**64" in note for note in found.notes)
 
@@ -280,7 +280,7 @@ def test_the_async_backends_form_is_read() -> None:
     found = fields(ASYNC)
     assert found == {
         "kind": "cuda_oom", "cause": "exhausted", "gpu_index": 2, "requested_bytes": b(4.12, GIB),
-        "total_bytes": 24 * GIB, "free_bytes": b(1.05, GIB), "allocated_bytes": b(21.3, GIB), "limit_bytes": 2**64,
+        "total_bytes": 24 * GIB, "free_bytes": b(1.05, GIB), "allocated_bytes": b(21.3, GIB),
     }  # fmt: skip
     assert any("no memory fraction" in note for note in read_oom(ASYNC).notes)
 

@@ -74,12 +74,12 @@ class OomText:
         return self.figures.cached_bytes if found is None else found
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of ``explain --json`` that come from the text alone."""
+        """The fields of ``explain --json`` that come from the text alone; a size that is nonsense is none."""
         return {
             "kind": self.kind,
             "cause": self.cause,
-            **{name: getattr(self.figures, name) for name in _FIELDS},
-            "reserved_bytes": self.reserved_bytes,
+            **{name: _sane(getattr(self.figures, name)) for name in _FIELDS},
+            "reserved_bytes": _sane(self.reserved_bytes),
             "shape": None if self.shape is None else list(self.shape),
             "dtype": self.dtype,
             "processes": [process.as_dict() for process in self.processes],
@@ -90,6 +90,11 @@ class OomText:
             "moment": self.moment,
             "notes": list(self.notes),
         }
+
+
+def _sane(n_bytes: int | None) -> int | None:
+    """None for a size that no machine has: it is not one."""
+    return n_bytes if n_bytes is not None and 0 <= n_bytes < ABSURD_BYTES else None
 
 
 def read_oom(text: str) -> OomText:
@@ -196,6 +201,9 @@ def _memory(text: str, event: Event, after: Other | None, went_on: bool) -> OomT
 def _strange(figures: Figures) -> list[str]:
     """Notes on sizes that no machine has."""
     notes = []
+    asked = figures.requested_bytes
+    if asked is not None and _sane(asked) is None:
+        notes.append(f"The text says that {asked / 2**30:.2f} GiB were asked for, which is no size.")
     if figures.process_bytes is not None and figures.process_bytes >= ABSURD_BYTES:
         notes.append("What this process is said to hold is 2**64: the driver could not tell (WSL, containers).")
     if figures.limit_bytes is not None and figures.limit_bytes >= ABSURD_BYTES:

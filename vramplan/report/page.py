@@ -24,7 +24,7 @@ from ..planner.search import check_tokens_per_step
 from ..planner.shape import SHAPE_CHOICES, Shape, divisors
 from ..planner.step import CHOICES, StepConfig, check, tokens_per_step
 from ..runconfig import RunConfig, suggested_training
-from ..units import GIB, count
+from ..units import GIB, count, parse_bytes
 from .html import environment, sections_context, style
 from .risk import RiskReport, build_report
 
@@ -57,6 +57,7 @@ DEFAULTS = {
     "checkpointing": "none", "optimizer": "adamw-fused", "workload": "vramplan", "norm": "layernorm",
     "positions": "learned", "mlp": "gelu", "size": str(SIZES.index(DEFAULT_SIZE)), "batch": "16",
 }  # fmt: skip
+LARGEST_GIB = 2**20
 Query = Mapping[str, str]
 
 
@@ -113,16 +114,14 @@ class Page:
         return Wanted(offer, self._budget(values, offer), size, shape, self._step(values, tokens, block))
 
     def _budget(self, values: Query, offer: Offer) -> int:
-        text = values.get("free", "")
-        if not text:
-            return round(math.floor(offer.budget_bytes / GIB * 100) / 100 * GIB)  # as it can be said in a command
+        text = values.get("free") or f"{math.floor(offer.budget_bytes / GIB * 100) / 100}"
         try:
             free = float(text)
         except ValueError:
             free = 0.0
-        if not 0 < free < 2**20:
+        if not 0 < free < LARGEST_GIB:
             raise ConfigError(Problem("free", text, "is not a size in GiB"))
-        return round(round(free, 2) * GIB)
+        return parse_bytes(_gib_words(free))  # what the command that is offered will read
 
     def _step(self, values: Query, tokens: int, block: int) -> StepConfig:
         check_tokens_per_step(tokens, block)
@@ -245,7 +244,7 @@ class Page:
         names = ("n_layer", "n_head", "n_embd", "block_size", "norm", "positions", "mlp")
         model = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(shape, name)))]
         torch = ["--torch", self.torch] if self.torch else []
-        memory = ["--vram", f"{round(wanted.budget_bytes / GIB, 2)}GiB"]
+        memory = ["--vram", _gib_words(wanted.budget_bytes / GIB)]
         return ["--gpu", wanted.offer.gpu.name, *memory, *model, "--workload", wanted.step.workload, *torch]
 
     def configuration(self, query: Query) -> str:
@@ -291,6 +290,10 @@ def _values(report: RiskReport) -> dict[str, Any]:
         "budget_bytes": report.budget_bytes, "oom_risk": report.risk.probability, "needs_bytes": report.needs_bytes,
         "tokens_per_second": report.tokens_per_second, "mfu": report.mfu,
     }  # fmt: skip
+
+
+def _gib_words(free: float) -> str:
+    return f"{free:.2f}GiB"
 
 
 def _whole(values: Query, name: str) -> int:

@@ -41,12 +41,12 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, page: Page, port: int) -> None:
         self.page = page
+        self.helpers = ProcessPoolExecutor(HELPERS, multiprocessing.get_context("spawn"))
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
             rule = f"cannot be listened on ({error.strerror})"
             raise ConfigError(Problem("--port", port, rule, "name another, or leave it out")) from None
-        self.helpers = ProcessPoolExecutor(HELPERS, multiprocessing.get_context("spawn"))
         page.each = self._spread
         for _ in range(HELPERS):
             self.helpers.submit(_ready)  # so that the first movement does not wait for their imports

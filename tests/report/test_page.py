@@ -1,0 +1,227 @@
+"""The planner's page without a browser: what its queries give, and whom its server answers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from vramplan.cli import main
+from vramplan.errors import ConfigError
+from vramplan.planner.gpu import budget, find_gpu
+from vramplan.planner.levers import levers
+from vramplan.report.page import LOSSES, SELECTS, SIZES, Offer, Page
+from vramplan.report.page_server import PageServer
+from vramplan.runconfig import RunConfig
+from vramplan.units import GIB
+
+CARDS = [Offer(card, budget(card).budget_bytes) for card in (find_gpu("4070"), find_gpu("H100"))]
+
+
+def no_search(words: list[str]) -> Any:
+    raise AssertionError(words)
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(CARDS, 0.01, "2.13", no_search)
+
+
+def estimate(words: list[str]) -> dict[str, Any]:
+    done = CliRunner().invoke(main, [*words, "--json"], prog_name="vramplan")
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {},
+        {"batch": "7", "size": "5"},
+        {"loss": "chunked 512", "checkpointing": "block", "compile": "off", "free": "5.5"},
+        {"gpu": "H100 SXM", "dtype": "float32", "block_size": "256", "tokens_per_step": "65536", "batch": "64"},
+        {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "optimizer": "muon", "batch": "4"},
+        {"workload": "nanogpt", "batch": "4"},
+    ],
+)
+def test_its_figures_are_those_of_the_command_it_offers(page: Page, query: dict[str, str]) -> None:
+    query = {**query, "gpu": next(name for name in page.cards if name.startswith(query.get("gpu", "RTX 4070")))}
+    found = page.view(query)
+    assert "problem" not in found
+    answer = estimate(shlex.split(found["commands"]["estimate"])[1:])
+    for name, value in found["values"].items():
+        assert value == answer[name], name
+    assert f'data-exact="{answer["process_bytes"]}"' in found["verdict"]
+
+
+def test_every_stop_of_the_size_slider_is_a_model_near_it(page: Page) -> None:
+    for place, size in enumerate(SIZES):
+        shape = page.wanted({"size": str(place)}).shape
+        assert shape.parameters / size == pytest.approx(1, abs=0.1)
+    assert page.wanted({"size": "9999"}).size == SIZES[-1]
+
+
+def test_every_choice_of_every_list_is_priced_or_refused_in_words(page: Page) -> None:
+    for name, choices in SELECTS.items():
+        for value in choices:
+            found = page.view({name: value, "size": "0", "batch": "1"})
+            assert ("values" in found) is not ("problem" in found), (name, value)
+            assert found.get("problem", "words") != ""
+    assert {loss.split()[0] for loss in LOSSES} == set(SELECTS["loss"][0:1]) | {"chunked"}
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ({"gpu": "RTX 1"}, "gpu="),
+        ({"free": "x"}, "free="),
+        ({"free": "-1"}, "free="),
+        ({"free": "nan"}, "free="),
+        ({"batch": "-4"}, "batch="),
+        ({"size": "1e9"}, "size="),
+        ({"dtype": "int4", "loss": "none"}, "2 problems"),
+    ],
+)
+def test_what_no_control_sends_is_refused(page: Page, query: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        page.view(query)
+
+
+def test_levers_spread_over_processes_are_the_same_levers(page: Page) -> None:
+    backwards = replace_each(page, lambda work, tasks: reversed([work(task) for task in reversed(list(tasks))]))
+    assert backwards.levers({"batch": "8"}) == page.levers({"batch": "8"})
+    wanted = page.wanted({"batch": "8"})
+    text = page.levers({"batch": "8"})["levers"]
+    for lever in levers(wanted.shape, wanted.step, wanted.offer.gpu, wanted.budget_bytes, 0.01, batches=False):
+        assert lever.name in text
+
+
+def replace_each(page: Page, each: Any) -> Page:
+    return Page(list(page.cards.values()), page.max_risk, page.torch, no_search, each)
+
+
+def test_the_configuration_is_what_is_shown(page: Page, tmp_path: Path) -> None:
+    query = {"batch": "8", "loss": "chunked 2048", "optimizer": "adamw8bit"}
+    (tmp_path / "run.toml").write_text(page.configuration(query), encoding="utf-8")
+    config = RunConfig.load(tmp_path / "run.toml")
+    wanted = page.wanted(query)
+    assert config.shape == wanted.shape
+    assert config.step_config == replace(wanted.step, torch=config.step_config.torch)
+    assert config.plan.budget_bytes == wanted.budget_bytes
+    assert config.train.token_budget == 20 * wanted.shape.parameters
+    with pytest.raises(ConfigError, match="grad_accum"):
+        page.configuration({"optimizer": "adamw-in-backward", "compile": "off"})
+
+
+# -------------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def server(page: Page) -> Iterator[PageServer]:
+    with PageServer(replace_each(page, map), 0) as found:
+        thread = threading.Thread(target=found.serve_forever, daemon=True)
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def get(server: PageServer, path: str, **headers: str) -> tuple[int, bytes, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    found = answer.status, answer.read(), answer.headers
+    connection.close()
+    return found
+
+
+def test_it_answers_on_the_loopback_address_with_a_strict_policy(server: PageServer) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    status, body, headers = get(server, "/")
+    assert status == 200
+    assert b"Will it fit?" in body
+    assert b"http" not in body.replace(b"https://", b"http").split(b"<body>")[1]
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "unsafe-eval" not in headers["Content-Security-Policy"]
+    assert headers["Cache-Control"] == "no-store"
+
+
+def test_it_answers_nobody_who_means_another_host(server: PageServer) -> None:
+    for name in ("evil.example", f"evil.example:{server.server_port}", "127.0.0.1", ""):
+        assert get(server, "/view", Host=name)[0] == 403
+    assert get(server, "/view", Sec_Fetch_Site="cross-site")[0] == 403
+    assert get(server, "/view", Host=f"localhost:{server.server_port}")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/../../etc/passwd", "/page.js/..", "/style.css"])
+def test_there_is_nothing_else_to_have(server: PageServer, path: str) -> None:
+    assert get(server, path)[0] == 404
+
+
+@pytest.mark.parametrize("query", ["batch=x", "gpu=%00", "a=" + "b" * 9000, "&" * 200, "size=%ff", "free=1e999"])
+def test_nonsense_is_answered_in_words(server: PageServer, query: str) -> None:
+    status, body, _ = get(server, f"/view?{query}")
+    assert status == 200
+    assert {"problem", "values"} & set(json.loads(body))
+
+
+def test_an_impossible_configuration_is_no_download(server: PageServer) -> None:
+    status, body, headers = get(server, "/configuration.toml?optimizer=adamw-in-backward")
+    assert status == 400
+    assert b"grad_accum" in body
+    assert headers["Content-Disposition"] is None
+    status, body, headers = get(server, "/configuration.toml")
+    assert status == 200
+    assert "run.toml" in headers["Content-Disposition"]
+
+
+def test_levers_come_even_when_the_helping_processes_have_died(server: PageServer, monkeypatch: Any) -> None:
+    def broken(*_: Any) -> Any:
+        raise BrokenProcessPool("killed")
+
+    before = get(server, "/levers?batch=8")[1]
+    monkeypatch.setattr(server.helpers, "map", broken)
+    assert get(server, "/levers?batch=8")[1] == before
+
+
+def test_a_port_that_is_taken_is_an_error(server: PageServer, page: Page) -> None:
+    with pytest.raises(ConfigError, match="--port"):
+        PageServer(page, server.server_port)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_the_command_ends_with_ctrl_c_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "vramplan", "ui", "--no-browser", "--max-risk", "2%"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as done:
+        assert done.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:(\d+)/", done.stdout.readline())
+        assert address is not None
+        connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
+        connection.request("GET", "/best")
+        found = json.loads(connection.getresponse().read())
+        connection.close()
+        assert {"batch", "dtype", "compile", "loss", "checkpointing", "optimizer"} == set(found)
+        done.send_signal(signal.SIGINT)
+        out, err = done.communicate(timeout=30)
+    assert done.returncode == 0, err
+    assert "Stopped" in out
+    assert "Traceback" not in err
+
+
+def test_free_memory_of_the_offer_is_the_default(page: Page) -> None:
+    assert page.wanted({}).budget_bytes == int(10.96 * GIB)
+    assert CARDS[0].budget_bytes - page.wanted({}).budget_bytes < 0.01 * GIB
