@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from click.testing import CliRunner
 
 from vramplan.cli import main
 from vramplan.errors import ConfigError
+from vramplan.planner import memory
 from vramplan.planner.gpu import budget, find_gpu
-from vramplan.planner.levers import levers
+from vramplan.planner.levers import EXPANDABLE, levers, rough_levers
 from vramplan.report.page import LOSSES, SELECTS, SIZES, Offer, Page
 from vramplan.report.page_server import PageServer
 from vramplan.runconfig import RunConfig
-from vramplan.units import GIB
+from vramplan.units import GIB, gib
 
 CARDS = [Offer(card, budget(card).budget_bytes) for card in (find_gpu("4070"), find_gpu("H100"))]
 
@@ -101,17 +101,21 @@ def test_what_no_control_sends_is_refused(page: Page, query: dict[str, str], wor
         page.view(query)
 
 
-def test_levers_spread_over_processes_are_the_same_levers(page: Page) -> None:
-    backwards = replace_each(page, lambda work, tasks: reversed([work(task) for task in reversed(list(tasks))]))
-    assert backwards.levers({"batch": "8"}) == page.levers({"batch": "8"})
+def test_levers_are_rough_while_controls_move_and_exact_at_rest(page: Page) -> None:
     wanted = page.wanted({"batch": "8"})
-    text = page.levers({"batch": "8"})["levers"]
-    for lever in levers(wanted.shape, wanted.step, wanted.offer.gpu, wanted.budget_bytes, 0.01, batches=False):
-        assert lever.name in text
-
-
-def replace_each(page: Page, each: Any) -> Page:
-    return Page(list(page.cards.values()), page.max_risk, page.torch, no_search, each)
+    exact = levers(wanted.shape, wanted.step, wanted.offer.gpu, wanted.budget_bytes, 0.01)
+    full = memory.estimate(wanted.shape, wanted.step, wanted.offer.gpu)
+    rough = {lever.name: lever for lever in rough_levers(full, wanted.offer.gpu)}
+    moving, resting = page.view({"batch": "8"})["levers"], page.more({"batch": "8"})["levers"]
+    assert "≈" in moving
+    assert "≈" not in resting
+    for lever in exact:
+        assert lever.name in resting
+        assert f"<td>{gib(lever.process_bytes)}</td>" in resting
+        if lever.name != EXPANDABLE:
+            assert lever.name in moving
+            assert rough[lever.name].speed_ratio == lever.speed_ratio
+            assert rough[lever.name].process_bytes == pytest.approx(lever.process_bytes, rel=0.1)
 
 
 def test_the_configuration_is_what_is_shown(page: Page, tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_the_configuration_is_what_is_shown(page: Page, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(page: Page) -> Iterator[PageServer]:
-    with PageServer(replace_each(page, map), 0) as found:
+    with PageServer(page, 0) as found:
         thread = threading.Thread(target=found.serve_forever, daemon=True)
         thread.start()
         yield found
@@ -187,15 +191,6 @@ def test_an_impossible_configuration_is_no_download(server: PageServer) -> None:
     status, body, headers = get(server, "/configuration.toml")
     assert status == 200
     assert "run.toml" in headers["Content-Disposition"]
-
-
-def test_levers_come_even_when_the_helping_processes_have_died(server: PageServer, monkeypatch: Any) -> None:
-    def broken(*_: Any) -> Any:
-        raise BrokenProcessPool("killed")
-
-    before = get(server, "/levers?batch=8")[1]
-    monkeypatch.setattr(server.helpers, "map", broken)
-    assert get(server, "/levers?batch=8")[1] == before
 
 
 def test_a_port_that_is_taken_is_an_error(server: PageServer, page: Page) -> None:

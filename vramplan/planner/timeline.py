@@ -27,7 +27,7 @@ WIDTHS = {
 """Phases of a step in their order, and the width of each in a picture. Widths are neither times nor numbers of
 allocations: all phases must be seen."""
 
-MOMENTS = 5
+MOMENTS = 4
 """Shown for each unit of width."""
 
 Moment = tuple[int, ...]

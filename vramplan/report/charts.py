@@ -57,8 +57,11 @@ def timeline_chart(report: RiskReport) -> str:
     colours = [GROUP_COLOURS[name] for name in reversed(names)] + ["--edge", "--budget", "--ink"]
     chart = _xy("memory-timeline", colours, y_title="GiB", range=(0, top), xrange=(0, at), x_labels=middles)
     chart.y_labels = _ticks(top)
-    for level in reversed(range(len(names))):  # the whole stack first, then what lies before it
-        chart.add(names[level], _steps(x, [stack[level] for stack in stacks]), fill=True, show_dots=False)
+    lines = [_steps(x, [stack[level] for stack in stacks], top / HEIGHT) for level in range(len(names))]
+    longest = max(map(len, lines))
+    for name, line in reversed(list(zip(names, lines, strict=True))):  # the whole stack first, then what lies before it
+        line += line[-1:] * (longest - len(line))  # pygal would fill up with points at the origin
+        chart.add(name, line, fill=True, show_dots=False)
     verticals: Points = [point for edge in edges[1:] for point in ((edge, 0.0), (edge, top), None)]
     chart.add("phases", verticals, show_dots=False, stroke_style={"width": 1})
     chart.add("budget", [(0, budget), (at, budget)], show_dots=False, stroke_style={"width": 2, "dasharray": "7,4"})
@@ -68,9 +71,15 @@ def timeline_chart(report: RiskReport) -> str:
     return _svg(chart)
 
 
-def _steps(x: Sequence[float], y: Sequence[float]) -> Points:
-    """A line that keeps each value until the next."""
-    return [point for i, value in enumerate(y) for point in ((x[i], value), (x[i + 1], value))]
+def _steps(x: Sequence[float], y: Sequence[float], visible: float) -> Points:
+    """A line that keeps each value until the next; changes too small to be ``visible`` wait until they add up."""
+    points: Points = [(x[0], y[0])]
+    now = y[0]
+    for at, value in zip(x[1:], y[1:], strict=False):
+        if abs(value - now) >= visible:
+            points += [(at, now), (at, value)]
+            now = value
+    return [*points, (x[-1], now)]
 
 
 def ways_chart(report: RiskReport) -> str:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from threading import Lock
 from typing import Any
 
 from markupsafe import Markup
@@ -18,7 +17,6 @@ from .. import __version__
 from ..errors import ConfigError, Problem, command
 from ..planner.candidates import settle_shapes
 from ..planner.gpu import Gpu
-from ..planner.levers import Map, levers
 from ..planner.plan import PlanSet
 from ..planner.search import check_tokens_per_step
 from ..planner.shape import SHAPE_CHOICES, Shape, divisors
@@ -82,16 +80,13 @@ class Wanted:
 
 class Page:
     """Answers queries. ``cards`` are what can be chosen, the first by default; ``best`` searches as ``plan`` does,
-    from the words of its command line; ``each`` may spread the levers over processes."""
+    from the words of its command line."""
 
     def __init__(
-        self, cards: Sequence[Offer], max_risk: float, torch: str, best: Callable[[list[str]], PlanSet],
-        each: Map = map,
-    ) -> None:  # fmt: skip
+        self, cards: Sequence[Offer], max_risk: float, torch: str, best: Callable[[list[str]], PlanSet]
+    ) -> None:
         self.cards = {offer.gpu.name: offer for offer in cards}
-        self.max_risk, self.torch, self._best, self.each = max_risk, torch, best, each
-        self._lock = Lock()
-        self._last: tuple[Wanted, RiskReport] | None = None
+        self.max_risk, self.torch, self._best = max_risk, torch, best
 
     # ---------------------------------------------------------------- from the controls
 
@@ -146,36 +141,26 @@ class Page:
         )  # fmt: skip
 
     def view(self, query: Query) -> dict[str, Any]:
-        """Verdict, figures, timeline, the card, the commands, and where the controls stand; for every movement."""
+        """Verdict, figures, timeline, rough levers, the card, and where the controls stand; for every movement."""
         wanted = self.wanted(query)
         state = self.controls(wanted)
         problems = check(wanted.shape, wanted.step)
         if problems:
             return state | {"problem": str(ConfigError(problems))}
-        report = self._report(wanted)
+        report = self._quick_report(wanted)
         context = sections_context(report)
         part = _sections()
         return state | {
             "verdict": part.verdict(report),
             "timeline": part.timeline(report, context["timeline_chart"], context["groups"]),
+            "levers": part.levers(report),
             "card": part.card(report, context["shares"]),
             "values": _values(report),
             "commands": self.commands(wanted),
         }
 
-    def levers(self, query: Query) -> dict[str, Any]:
-        """The levers' table, with every movement too."""
-        wanted = self.wanted(query)
-        if check(wanted.shape, wanted.step):
-            return {"levers": ""}
-        found = levers(
-            wanted.shape, wanted.step, wanted.offer.gpu, wanted.budget_bytes, self.max_risk, batches=False,
-            base_bytes=lambda: self._report(wanted).estimate.process_bytes, each=self.each,
-        )  # fmt: skip
-        return {"levers": _sections().levers(replace(self._report(wanted), levers=tuple(found)))}
-
     def more(self, query: Query) -> dict[str, Any]:
-        """What takes longer: the smallest repair, risk, levers with largest batches, and the Pareto front."""
+        """What takes longer: the smallest repair, risk, exact levers with largest batches, and the Pareto front."""
         wanted = self.wanted(query)
         if check(wanted.shape, wanted.step):
             return {"more": ""}
@@ -191,23 +176,11 @@ class Page:
             "ways": part.ways(report, context["ways_chart"], context["way_words"]),
         }
 
-    def _report(self, wanted: Wanted) -> RiskReport:
-        """The quick report, once for those who ask for the same at the same time."""
-        with self._lock:
-            if self._last is None or self._last[0] != wanted:
-                gpu, total = wanted.offer.gpu, max(wanted.offer.gpu.usable_bytes, wanted.budget_bytes)
-                made = build_report(
-                    "",
-                    wanted.shape,
-                    wanted.step,
-                    gpu,
-                    wanted.budget_bytes,
-                    self.max_risk,
-                    total_bytes=total,
-                    quick=True,
-                )
-                self._last = wanted, made
-            return self._last[1]
+    def _quick_report(self, wanted: Wanted) -> RiskReport:
+        gpu, total = wanted.offer.gpu, max(wanted.offer.gpu.usable_bytes, wanted.budget_bytes)
+        return build_report(
+            "", wanted.shape, wanted.step, gpu, wanted.budget_bytes, self.max_risk, total_bytes=total, quick=True
+        )
 
     def controls(self, wanted: Wanted) -> dict[str, Any]:
         """Where sliders stand, how far they go, and the words beside them."""
@@ -256,7 +229,7 @@ class Page:
         )
         if step.optimizer == "adamw-in-backward":
             training["grad_clip"] = 0.0
-        report = self._report(wanted)
+        report = self._quick_report(wanted)
         plan = {
             "gpu": wanted.offer.gpu.name, "total_bytes": wanted.budget_bytes, "budget_bytes": wanted.budget_bytes,
             "process_bytes": report.estimate.process_bytes, "tokens_per_second": report.tokens_per_second,

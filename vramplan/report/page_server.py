@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -15,7 +11,6 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import ConfigError, Problem, VramplanError
-from ..planner.levers import Task
 from .page import Page
 
 HOST = "127.0.0.1"
@@ -26,57 +21,33 @@ POLICY = (
 """What a browser may load for the page: nothing from elsewhere."""
 
 LONGEST_QUERY = 4096
-HELPERS = max(1, min(4, (os.cpu_count() or 2) - 1))
-"""Processes that work out levers."""
 
 
 class PageServer(ThreadingHTTPServer):
     """The page on a port of the loopback address; port 0 takes any that is free. A context manager.
 
-    The levers are worked out in other processes, at the same time as the rest. Raises ConfigError when the port
-    cannot be had.
+    Raises ConfigError when the port cannot be had.
     """
 
     daemon_threads = True
 
     def __init__(self, page: Page, port: int) -> None:
         self.page = page
-        self.helpers = ProcessPoolExecutor(HELPERS, multiprocessing.get_context("spawn"))
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
             rule = f"cannot be listened on ({error.strerror})"
             raise ConfigError(Problem("--port", port, rule, "name another, or leave it out")) from None
-        page.each = self._spread
-        for _ in range(HELPERS):
-            self.helpers.submit(_ready)  # so that the first movement does not wait for their imports
 
     @property
     def url(self) -> str:
         """Where the page is."""
         return f"http://{HOST}:{self.server_port}/"
 
-    def server_close(self) -> None:
-        """Let go of the port and the helping processes."""
-        super().server_close()
-        self.helpers.shutdown(wait=False, cancel_futures=True)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that no longer waits for an answer is no error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
-
-    def _spread(self, work: Callable[[Task], int], tasks: Iterable[Task]) -> Iterable[int]:
-        """Work done by the helping processes; in this one, should they have died."""
-        tasks = list(tasks)
-        try:
-            return self.helpers.map(work, tasks)
-        except BrokenExecutor:
-            return map(work, tasks)
-
-
-def _ready() -> None:
-    """Nothing: that a process can answer is what matters."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -98,10 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, "text/javascript", script)
         elif path == "/configuration.toml":
             self._configuration(query)
-        elif path in ("/view", "/levers", "/more", "/best"):
-            self._answer(
-                {"/view": page.view, "/levers": page.levers, "/more": page.more, "/best": page.best}[path], query
-            )
+        elif path in ("/view", "/more", "/best"):
+            self._answer({"/view": page.view, "/more": page.more, "/best": page.best}[path], query)
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", b"There is nothing here.\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..planner.card_memory import Held, Part, card_memory
 from ..planner.evidence import Residual
 from ..planner.gpu import Gpu
-from ..planner.levers import Lever, largest_batch, levers
+from ..planner.levers import Lever, largest_batch, levers, rough_levers
 from ..planner.memory import Estimate, TensorBytes, estimate
 from ..planner.repair import Repair, smallest_repair
 from ..planner.risk import OomRisk, mode_of, needed_for, risk_of
@@ -30,9 +30,9 @@ TOP_TENSORS = 10
 class RiskReport:
     """All data of the report in one place; text, JSON and HTML are read from it.
 
-    ``levers``, ``largest_batch``, ``repair`` and ``ways`` are left empty in a quick report. ``evidence`` are the
-    measurements of this workload and mode on the card's architecture. ``measured`` holds what a run recorded
-    (:mod:`..cli.subject`).
+    ``largest_batch``, ``repair`` and ``ways`` are left empty in a quick report, whose ``levers`` are rough.
+    ``evidence`` are the measurements of this workload and mode on the card's architecture. ``measured`` holds what a
+    run recorded (:mod:`..cli.subject`).
     """
 
     title: str
@@ -137,7 +137,7 @@ def build_report(
     """Compute everything the report shows.
 
     ``total_bytes`` is what there is before something is kept back (the budget unless given), ``held`` the other
-    processes of the live card. A ``quick`` report has neither levers nor ways nor repair.
+    processes of the live card. A ``quick`` report has no ways and no repair, and rough levers.
     """
     full = estimate(shape, step, gpu)
     needs = math.ceil(needed_for(full, max_risk))
@@ -157,9 +157,7 @@ def build_report(
         card=card_memory(gpu, max(total_bytes or 0, budget_bytes), budget_bytes, full, held),
         timeline=step_timeline(full),
         evidence=gpu.evidence.of(step.workload, mode_of(step)) if gpu else (),
-        levers=()
-        if quick
-        else tuple(levers(shape, step, gpu, budget_bytes, max_risk, base_bytes=lambda: full.process_bytes)),
+        levers=tuple(rough_levers(full, gpu) if quick else levers(shape, step, gpu, budget_bytes, max_risk)),
         largest_batch=None if quick else largest_batch(shape, step, gpu, budget_bytes, max_risk),
         repair=None if quick or needs <= budget_bytes else smallest_repair(shape, step, gpu, budget_bytes, max_risk),
         ways=() if quick else ways(shape, step, gpu, budget_bytes, max_risk),

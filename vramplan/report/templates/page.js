@@ -46,7 +46,7 @@ function place(state) {
 function show(state) {
   place(state);
   part("problem").textContent = state.problem || "";
-  for (const name of ["verdict", "timeline", "card"]) part(`${name}-part`).innerHTML = state[name] || "";
+  for (const name of ["verdict", "timeline", "levers", "card"]) part(`${name}-part`).innerHTML = state[name] || "";
   part("command").textContent = state.commands ? state.commands.estimate : "";
   document.body.dataset.values = JSON.stringify(state.values || null);
 }
@@ -58,11 +58,8 @@ async function follow() {
   do {
     again = false;
     const words = query();
-    const levers = ask("/levers", words);
     show(await ask("/view", words));
-    const found = await levers;
     if (!again) {
-      part("levers-part").innerHTML = found.levers || "";
       for (const name of ["repair", "risk-part", "ways-part"]) part(name).classList.add("stale");
       part("download").href = `/configuration.toml?${words}`;
       document.body.dataset.shown = words;
