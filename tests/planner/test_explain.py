@@ -238,3 +238,13 @@ def test_a_limit_bounds_what_was_available() -> None:
 
 def test_a_text_without_sizes_says_nothing_of_what_was_available() -> None:
     assert available_in(read_oom("RuntimeError: CUDA error: out of memory")) is None
+
+
+def test_where_the_text_gives_no_cause_the_model_does_if_it_can() -> None:
+    bare = explained(text(), Available(8_900_000_000, "given"))
+    assert bare.found.cause == "exhausted"
+    assert "by the model the step needs 9.27 GiB, of 8.29 GiB" in bare.found.reason
+    roomy = explained(text(), Available(12 * GIB, "given"))
+    assert roomy.found.cause == "unknown"
+    nonsense = explained(text(rest=figures(asked="17179869184.00 GiB")), Available(8_900_000_000, "given"))
+    assert nonsense.found.cause == "unknown"

@@ -6,7 +6,7 @@ says so and by how much: no cause is made up.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..units import gib
@@ -136,10 +136,22 @@ def explain(
     predicted = Prediction(
         full.process_bytes, full.peak_allocated_bytes, full.peak_phase, round(needed_for(full, max_risk)), available
     )
+    found = _by_the_model(found, predicted)
     return Explanation(
         found, shape, step, find_culprit(found, full), predicted, _remedy(found, full, gpu, predicted, max_risk),
         available, advice(found, step), full.caveats,
     )  # fmt: skip
+
+
+def _by_the_model(found: OomText, predicted: Prediction) -> OomText:
+    """Where the text does not say why: whether the step was too large for what there was, by its prediction."""
+    asked = found.figures.requested_bytes
+    nonsense = found.figures.beyond_bounds or (asked is not None and not 0 <= asked < ABSURD_BYTES)
+    available = predicted.available
+    if found.cause != "unknown" or nonsense or available is None or predicted.process_bytes <= available.n_bytes:
+        return found
+    needs = f"by the model the step needs {gib(predicted.process_bytes)}, of {gib(available.n_bytes)} there were"
+    return replace(found, cause="exhausted", reason=needs)
 
 
 def available_in(found: OomText, gpu: Gpu | None = None) -> Available | None:
