@@ -7,14 +7,14 @@ shape. Equal sizes are told apart by the phase that the traceback shows, and by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 from ..units import GIB, KIB, MIB
 from .allocator import MIN_BLOCK, OWN_SEGMENT_FROM, ROUND_LARGE, SMALL_LIMIT, SMALL_SEGMENT
 from .allocator_settings import LARGE_SEGMENT
-from .memory import Estimate, TensorBytes
+from .memory import Estimate, TensorBytes, alive_after
 from .oom_text import OomText
 from .oom_trace import Moment
 from .shape import Shape
@@ -191,28 +191,10 @@ def _chosen(candidates: list[_Candidate], full: Estimate, found: OomText) -> Loo
             phase=at.change.phase if len(names) == 1 else " or ".join(phases),
             n_bytes=size,
             product=product(names[0], size, full.shape, full.step),
-            also_alive=alive_before(full.changes, at.index)[:ALSO_ALIVE],
+            also_alive=alive_after(full.changes[: at.index])[:ALSO_ALIVE],
             alive_bytes=at.alive_bytes,
         )
     )
-
-
-def alive_before(changes: Iterable[Change], index: int) -> tuple[TensorBytes, ...]:
-    """Tensors alive before the change number ``index``, equals of one name added up, largest first."""
-    living: dict[int, Change] = {}
-    for number, change in enumerate(changes):
-        if number >= index:
-            break
-        if change.alloc:
-            living[change.block] = change
-        else:
-            del living[change.block]
-    total: dict[tuple[str, str], int] = {}
-    for change in living.values():
-        key = (change.row.name, change.row.category)
-        total[key] = total.get(key, 0) + int(change.row.size)
-    rows = [TensorBytes(name, category, size) for (name, category), size in total.items()]
-    return tuple(sorted(rows, key=lambda row: -row.n_bytes))
 
 
 def product(name: str, size: int, shape: Shape, step: StepConfig) -> str:

@@ -6,6 +6,7 @@ allocator has handed out; reserved is what it holds from the driver; the process
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -174,18 +175,7 @@ class Estimate:
     @cached_property
     def alive_at_peak(self) -> tuple[TensorBytes, ...]:
         """Tensors alive at the peak, equals of one name added up, largest first."""
-        living: dict[int, Change] = {}
-        for change in self.changes[: self.peak_index + 1]:
-            if change.alloc:
-                living[change.block] = change
-            else:
-                del living[change.block]
-        total: dict[tuple[str, str], int] = {}
-        for change in living.values():
-            key = (change.row.name, change.row.category)
-            total[key] = total.get(key, 0) + int(change.row.size)
-        rows = [TensorBytes(name, category, size) for (name, category), size in total.items()]
-        return tuple(sorted(rows, key=lambda row: -row.n_bytes))
+        return alive_after(self.changes[: self.peak_index + 1])
 
     @cached_property
     def breakdown(self) -> dict[str, int]:
@@ -229,6 +219,22 @@ class Estimate:
             "parameters": int(self.shape.parameters),
             "caveats": list(self.caveats),
         }
+
+
+def alive_after(changes: Iterable[Change]) -> tuple[TensorBytes, ...]:
+    """Tensors alive after these changes, equals of one name added up, largest first."""
+    living: dict[int, Change] = {}
+    for change in changes:
+        if change.alloc:
+            living[change.block] = change
+        else:
+            del living[change.block]
+    total: dict[tuple[str, str], int] = {}
+    for change in living.values():
+        key = (change.row.name, change.row.category)
+        total[key] = total.get(key, 0) + int(change.row.size)
+    rows = [TensorBytes(name, category, size) for (name, category), size in total.items()]
+    return tuple(sorted(rows, key=lambda row: -row.n_bytes))
 
 
 def estimate(
