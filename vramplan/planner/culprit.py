@@ -7,7 +7,7 @@ shape. Equal sizes are told apart by the phase that the traceback shows, and by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
