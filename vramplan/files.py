@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import ConfigError, Problem
+
+
+def check_not_over(path: Path, field: str, sources: Iterable[Path]) -> None:
+    """Raise ConfigError if writing ``path`` would replace one of ``sources``, or a file in one of them."""
+    target = path.resolve()
+    for source in sources:
+        kept = source.resolve()
+        if source.exists() and (target == kept or (kept.is_dir() and target.is_relative_to(kept) and target.exists())):
+            raise ConfigError(Problem(field, str(path), "is what it is made from", "name another file"))
 
 
 def write_text(path: str | Path, text: str, field: str) -> None:

@@ -5,6 +5,7 @@ Skipped where there is no Chromium; VRAMPLAN_REQUIRE_BROWSER makes that a failur
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -129,16 +130,25 @@ def test_the_report_can_be_used_without_a_mouse_and_printed(
 # -------------------------------------------------------------------- the planner's page
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    environment = {**os.environ, "VRAMPLAN_LEDGER": str(tmp_path_factory.mktemp("ui") / "none.sqlite")}
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command, as a user starts it: its address and its process."""
+    environment = {**os.environ, "VRAMPLAN_LEDGER": str(folder / "none.sqlite")}
     command = [sys.executable, "-u", "-m", "vramplan", "ui", "--no-browser", "--gpu", "4070"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
-        assert found is not None
-        yield found[0]
-        server.terminate()
+        try:
+            assert server.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
+            assert found is not None
+            yield found[0], server
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("ui")) as (found, _):
+        yield found
 
 
 @pytest.fixture
@@ -201,6 +211,43 @@ def test_sliders_and_lists_change_the_figures(planner: Visit) -> None:
     assert as_json(*command[1:])["process_bytes"] == planner.values()["process_bytes"]
 
 
+def test_no_movement_is_lost(planner: Visit) -> None:
+    page = planner.page
+    slider = page.locator("input[name=batch-place]")
+    for _ in range(3):
+        slider.press("ArrowRight")
+    settle(planner)
+    assert "128 x 4" in page.locator("#batch-words").inner_text()
+    page.evaluate(
+        "() => { const s = document.forms.controls.elements['batch-place'];"
+        " for (const place of [1, 2, 3, 9, 0, 6, 5]) { s.value = place;"
+        " s.dispatchEvent(new Event('input', {bubbles: true})); } }"
+    )
+    settle(planner)
+    assert "32 x 16" in page.locator("#batch-words").inner_text()
+    before = float(page.locator("input[name=free]").input_value())
+    for _ in range(20):
+        page.locator("input[name=free]").press("ArrowLeft")
+    settle(planner)
+    assert float(page.locator("input[name=free]").input_value()) == pytest.approx(before - 0.20)
+    page.locator("input[name=size]").press("ArrowLeft")
+    slider.press("ArrowLeft")
+    settle(planner)
+    assert "16 x 32" in page.locator("#batch-words").inner_text()
+    assert "100.0M" in page.locator("#size-words").inner_text()
+
+
+def test_a_server_that_has_ended_is_said(browser: Any, tmp_path: Path) -> None:
+    visit = Visit(browser)
+    with serving(tmp_path) as (address, server):
+        visit.page.goto(address)
+        settle(visit)
+        server.kill()
+    visit.page.locator("input[name=batch-place]").press("ArrowRight")
+    wait(visit, "document.getElementById('problem').textContent !== ''")
+    assert "Is vramplan ui still running?" in visit.page.locator("#problem").inner_text()
+
+
 def test_best_settings_are_those_of_the_plan(planner: Visit) -> None:
     page = planner.page
     page.locator("select[name=checkpointing]").select_option("block")
@@ -232,6 +279,7 @@ def test_what_is_impossible_is_said_and_can_be_undone(planner: Visit) -> None:
     wait(planner, "document.getElementById('problem').textContent !== ''")
     assert "grad_accum=32 is impossible" in page.locator("#problem").inner_text()
     settle(planner)
+    assert not page.locator("#copy").is_visible()
     planner.page.screenshot(path=SCREENSHOTS / "planner-impossible.png")
     page.locator("select[name=optimizer]").select_option("adamw8bit")
     settle(planner)

@@ -145,3 +145,14 @@ def test_printed_digits_are_what_is_known() -> None:
     assert rounding([4.48, 4.3]) == 0.01
     assert rounding([4.48, 4.321]) == 0.001
     assert rounding([4.4823]) == 0.0001
+
+
+def test_a_curve_of_another_law_is_refused_and_a_logarithm_is_near_enough() -> None:
+    steps = range(1000, 9000, 1000)
+    straight = forecast([(step, 5 - 2e-4 * step) for step in steps], "loss")
+    assert isinstance(straight, str)
+    assert "another law" in straight
+    found = fitted([(step, 12 - math.log(step)) for step in steps])
+    ((_, _, low, high),) = found.curve([16000])
+    assert low <= 12 - math.log(16000) <= high
+    assert found.curve([1, 999]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,13 +25,14 @@ from vramplan.planner.ways import ways
 from vramplan.report.charts import timeline_chart
 from vramplan.report.html import render_report
 from vramplan.report.risk import RiskReport, build_report
-from vramplan.units import GIB
+from vramplan.units import GIB, gib
 
 CARD = find_gpu("4070")
 BUDGET = budget(CARD).budget_bytes
 SHAPE = Shape(n_layer=12, n_head=12, n_embd=768)
 STEP = StepConfig(batch_size=16, grad_accum=32, compile=True, loss="full")
 LARGEST_FILE = 1_500_000
+SPLIT = {"batch_size": 8, "grad_accum": 64}
 
 
 class Reader(HTMLParser):
@@ -117,7 +119,7 @@ def test_every_part_of_the_report_is_there(made: RiskReport) -> None:
 def test_words_from_elsewhere_cannot_become_markup() -> None:
     made = build_report(
         "<script>alert(1)</script>\x1b[31m", SHAPE, STEP, CARD, BUDGET, 0.01,
-        {"steps": 3, "guard": [{"step": 1, "reason": "<img src=x onerror=alert(1)>"}]},
+        {"steps": 3, "guard": [{"step": 1, "reason": "<img src=x onerror=alert(1)>"} | SPLIT]},
         total_bytes=10 * GIB, held=[("</td><b>python", GIB)],
     )  # fmt: skip
     text = render_report(made)
@@ -164,10 +166,10 @@ def test_what_a_run_measured_stands_beside_what_was_expected(made: RiskReport) -
     peaks = {"forward": 7 * GIB, "backward": 10 * GIB, "somewhere": GIB}
     measured = {
         "steps": 50, "peak_allocated_bytes": 10 * GIB, "alloc_retries": 2, "phase_peaks": peaks,
-        "guard": [{"step": 9, "reason": "batch_size 16 -> 8"}],
+        "guard": [{"step": 9, "reason": "batch_size 16 -> 8", "batch_size": 8, "grad_accum": 64}],
     }  # fmt: skip
     text = " ".join(Reader(render_report(report(measured=measured))).words)
-    expected = made.estimate.phase_peaks["loss backward"] / (10 * GIB) - 1
+    expected = made.estimate.peak_allocated_bytes / (10 * GIB) - 1  # the peak is in the backward
     assert f"{expected * 100:+.2f} %" in text
     for words in ("tried again 2 times", "step 9: batch_size 16 -> 8", "somewhere"):
         assert words in text
@@ -187,6 +189,26 @@ def test_the_timeline_reaches_the_peak_and_keeps_the_order_of_phases() -> None:
     names = [name for name, _ in GROUPS]
     weights = found[0].moments[0][names.index("weights")]
     assert weights == 4 * SHAPE.parameters
+
+
+def test_what_is_allocated_beside_the_drawn_tensors_is_said(made: RiskReport) -> None:
+    full = made.estimate
+    assert made.drawn_peak_bytes == full.peak_table_bytes
+    words = made.beside_the_tensors
+    assert f"{gib(full.first_step_bytes)} for tuning kernels" in words
+    assert f"{gib(full.peak_allocated_bytes - full.peak_table_bytes - full.first_step_bytes)} in blocks" in words
+    assert words in " ".join(" ".join(Reader(render_report(made)).words).split())
+
+
+def test_a_run_that_was_measured_says_so_beside_the_verdict() -> None:
+    measured = {
+        "steps": 9, "peak_allocated_bytes": 9 * GIB, "peak_reserved_bytes": 10 * GIB,
+        "guard": [{"step": 4, "reason": "x", "batch_size": 8, "grad_accum": 64}],
+    }  # fmt: skip
+    words = report(measured=measured).run_sentence
+    assert "10.00 GiB at the most, 9.00 GiB of it allocated" in words
+    assert "since step 4 it runs as 8 x 64" in words
+    assert report().run_sentence == ""
 
 
 def test_the_parts_of_a_card_add_up_to_it() -> None:
@@ -221,6 +243,11 @@ def test_no_way_on_the_front_is_beaten_and_every_other_is() -> None:
     assert sequences == {512}
 
 
+def test_a_chart_leaves_the_imports_of_others_alone(made: RiskReport) -> None:
+    timeline_chart(made)
+    assert not [finder for finder in sys.meta_path if not hasattr(finder, "find_spec")]
+
+
 def test_a_chart_has_neither_date_nor_link(made: RiskReport) -> None:
     picture = timeline_chart(made)
     assert picture == timeline_chart(made)
@@ -241,6 +268,12 @@ def test_the_command_writes_the_file_and_says_the_verdict(tmp_path: Path) -> Non
     answer = json.loads(run("report", plan, "--json").stdout)
     assert int(page.values["process_bytes"]) == answer["estimate"]["process_bytes"]
     assert sum(part["bytes"] for part in answer["card"]) == CARD.total_bytes
+    over = run("report", plan, "--html", plan)
+    assert over.exit_code == 2
+    assert "is what it is made from" in over.stderr
+    assert "plans" in json.loads(plan.read_text(encoding="utf-8"))
+    beyond = run("report", plan, "--vram", "64GiB")
+    assert "is more than the RTX 4070 has" in " ".join(beyond.output.split())
     denied = run("report", plan, "--html", tmp_path)
     assert denied.exit_code == 2
     assert "--html" in denied.stderr

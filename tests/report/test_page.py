@@ -198,22 +198,33 @@ def test_a_port_that_is_taken_is_an_error(server: PageServer, page: Page) -> Non
         PageServer(page, server.server_port)
 
 
+INTERRUPTIBLE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from vramplan.cli import main; main(sys.argv[1:])"
+)
+"""Whoever runs the tests in the background has SIGINT ignored, and so would their children."""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
-def test_the_command_ends_with_ctrl_c_and_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-m", "vramplan", "ui", "--no-browser", "--max-risk", "2%"]
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_ends_with_a_signal(how: signal.Signals) -> None:
+    command = [sys.executable, "-u", "-c", INTERRUPTIBLE, "ui", "--no-browser", "--max-risk", "2%"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as done:
-        assert done.stdout is not None
-        address = re.search(r"http://127\.0\.0\.1:(\d+)/", done.stdout.readline())
-        assert address is not None
-        connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
-        connection.request("GET", "/best")
-        found = json.loads(connection.getresponse().read())
-        connection.close()
-        assert {"batch", "dtype", "compile", "loss", "checkpointing", "optimizer"} == set(found)
-        done.send_signal(signal.SIGINT)
-        out, err = done.communicate(timeout=30)
-    assert done.returncode == 0, err
-    assert "Stopped" in out
+        try:
+            assert done.stdout is not None
+            address = re.search(r"http://127\.0\.0\.1:(\d+)/", done.stdout.readline())
+            assert address is not None
+            connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
+            connection.request("GET", "/best")
+            found = json.loads(connection.getresponse().read())
+            connection.close()
+            assert {"batch", "dtype", "compile", "loss", "checkpointing", "optimizer"} == set(found)
+            done.send_signal(how)
+            out, err = done.communicate(timeout=30)
+        finally:
+            done.kill()
+    assert done.returncode == (0 if how == signal.SIGINT else -how), err
+    assert how != signal.SIGINT or "Stopped" in out
     assert "Traceback" not in err
 
 

@@ -10,8 +10,9 @@ import rich_click as click
 
 from ..device import live_gpu
 from ..errors import ConfigError, Problem
+from ..files import check_not_over, write_text
 from ..planner.gpu import Gpu, find_gpu
-from .options import Count, FilePath, refused
+from .options import LONGEST_NAME, Count, FilePath, refused
 
 
 def _card(name: str | None) -> Gpu | None:
@@ -54,6 +55,9 @@ def health(
     card = None
     with problems:
         card = _card(gpu)
+    if html is not None:
+        with problems:
+            check_not_over(html, "--html", [Path(name) for name in (run, config) if name and len(name) < LONGEST_NAME])
     problems.finish()
     from ..report.health import build_health
     from ..report.run_log import read_record
@@ -61,7 +65,6 @@ def health(
     record = read_record(run, config)
     result = build_health(record, card, asked=params, unique_tokens=data_tokens, forecast_steps=tuple(sorted(set(at))))
     if html is not None:
-        from ..files import write_text
         from ..report.html import render_health
 
         write_text(html, render_health(result), "--html")

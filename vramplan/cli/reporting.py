@@ -10,6 +10,7 @@ import rich_click as click
 
 from ..device import live_gpu
 from ..errors import ConfigError, Problem
+from ..files import check_not_over, write_text
 from ..planner.card_memory import Held
 from ..planner.gpu import Gpu
 from ..planner.plan import plan_gpu
@@ -40,15 +41,20 @@ def report(subject: Path, rank: int, html: Path | None, as_json: bool, max_risk:
     from ..report.risk import build_report
     from ..report.risk_text import print_report
 
-    refused().finish()
+    collect = refused()
+    if html is not None:
+        with collect:
+            check_not_over(html, "--html", [subject])
+    collect.finish()
     shape, step, planned, measured = read_subject(subject, rank)
-    gpu, total, budget = _room(subject, step, planned, card)
+    gpu, total, budget, notes = _room(subject, step, planned, card)
     title = f"{subject}{f', plan {rank}' if 'plans' in planned else ''}: {shape.label}"
     limit = max_risk or planned.get("max_risk") or DEFAULT_MAX_RISK
-    result = build_report(title, shape, step, gpu, budget, limit, measured, total_bytes=total, held=_held(gpu))
+    result = build_report(
+        title, shape, step, gpu, budget, limit, measured, total_bytes=total, held=_held(gpu), notes=notes
+    )
     health = _health(subject, gpu)
     if html is not None:
-        from ..files import write_text
         from ..report.html import render_report
 
         write_text(html, render_report(result, health), "--html")
@@ -76,8 +82,8 @@ def _health(subject: Path, gpu: Gpu | None) -> RunHealth | None:
 
 def _room(
     subject: Path, step: StepConfig, planned: dict[str, Any], card: dict[str, Any]
-) -> tuple[Gpu | None, int, int]:
-    """The card, what there is on it, and of that what the run may take; from the options or from what was planned."""
+) -> tuple[Gpu | None, int, int, tuple[str, ...]]:
+    """The card, what there is on it, of that what the run may take, and what was assumed."""
     asked = card["headless"] or any(card[name] is not None for name in ("gpu", "vram", "reserve"))
     if asked or (step.device == "cpu" and not planned.get("budget_bytes")):
         name = card["gpu"] or planned.get("gpu") or ("cpu" if step.device == "cpu" else None)
@@ -88,10 +94,10 @@ def _room(
         if target.device != step.device:
             remedy = "plan again for that device"
             raise ConfigError(Problem("--gpu", name, f"does not run a configuration made for {step.device}", remedy))
-        return target.gpu, target.budget.total_bytes, target.budget.budget_bytes
+        return target.gpu, target.budget.total_bytes, target.budget.budget_bytes, target.notes
     if planned.get("budget_bytes"):
         budget = int(planned["budget_bytes"])
-        return with_evidence(plan_gpu(planned.get("gpu"))), int(planned.get("total_bytes") or budget), budget
+        return with_evidence(plan_gpu(planned.get("gpu"))), int(planned.get("total_bytes") or budget), budget, ()
     raise ConfigError(Problem("--gpu", "missing", "is required", f"{subject} names no budget; give --gpu or --vram"))
 
 

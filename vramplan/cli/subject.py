@@ -45,16 +45,19 @@ def read_subject(subject: Path, rank: int) -> tuple[Shape, StepConfig, dict[str,
 
 def _measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run's metrics say about its memory: the most of all sessions, by phase, and what the guard did."""
+    from ..trainer.metrics import LARGEST
+
     steps = [line for line in lines if line["kind"] == "step"]
     measured: dict[str, Any] = {"steps": max((line["step"] for line in steps), default=0)}
     for name in ("peak_allocated_bytes", "peak_reserved_bytes", "alloc_retries"):
         seen = [line[name] for line in steps if line.get(name) is not None]
-        measured[name] = max(seen) if seen else None
+        least = 0 if name == "alloc_retries" else 1
+        measured[name] = max((value for value in seen if least <= value < LARGEST), default=None)
     peaks: dict[str, int] = {}
     for line in lines:
         if line["kind"] == "memory":
             for phase, size in line.items():
-                if phase not in ABOUT_A_LINE and size is not None:
+                if phase not in ABOUT_A_LINE and size is not None and 0 < size < LARGEST:
                     peaks[phase] = max(peaks.get(phase, 0), int(size))
     measured["phase_peaks"] = peaks
     measured["guard"] = [

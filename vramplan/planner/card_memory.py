@@ -50,15 +50,25 @@ def card_memory(
             parts.append(Part(name, size, "outside", "on the card now"))
             elsewhere -= size
         unknown = ", ".join(name for name, size in held if not size)
-        note = f"held by {unknown}; the driver does not say how much" if unknown else "not available to this run"
-        parts.append(Part("other programs", max(0, elsewhere), "outside", note))
+        note = (
+            f"held by {unknown}; the driver does not say how much"
+            if unknown
+            else "held by others, or not given to this run"
+        )
+        parts.append(Part("other programs" if held else "not available", max(0, elsewhere), "outside", note))
     parts.append(Part("kept back", total_bytes - budget_bytes, "outside", "for the desktop, or what --reserve says"))
     outside = "CUDA context" if full.step.device == "cuda" else "Python and torch"
     free = budget_bytes - full.process_bytes
     parts += [
         Part(outside, full.context_bytes, "run", "of this process, outside torch's allocator"),
-        Part("tensors at the peak", full.peak_allocated_bytes, "run", f"allocated during {full.peak_phase}"),
-        Part("allocator slack", full.peak_reserved_bytes - full.peak_allocated_bytes, "run", "reserved, not allocated"),
+        Part("tensors at the peak", full.peak_table_bytes, "run", f"alive during {full.peak_phase}"),
+        Part("tuning kernels", full.first_step_bytes, "run", "for a moment of the first step"),
+        Part(
+            "allocator slack",
+            full.peak_reserved_bytes - full.peak_table_bytes - full.first_step_bytes,
+            "run",
+            "reserved beyond the tensors",
+        ),
         Part("free" if free >= 0 else "missing", abs(free), "free" if free >= 0 else "missing"),
     ]
     return tuple(part for part in parts if part.n_bytes > 0)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..planner.timeline import GROUPS
+from ..planner.ways import Way
 from ..units import GIB, count, gib
 from .risk import RiskReport
 
@@ -66,7 +68,7 @@ def timeline_chart(report: RiskReport) -> str:
     chart.add("phases", verticals, show_dots=False, stroke_style={"width": 1})
     chart.add("budget", [(0, budget), (at, budget)], show_dots=False, stroke_style={"width": 2, "dasharray": "7,4"})
     middle = (x[highest] + x[highest + 1]) / 2
-    peak = {"value": (middle, stacks[highest][-1]), "label": f"peak, with context {gib(stacks[highest][-1] * GIB)}"}
+    peak = {"value": (middle, stacks[highest][-1]), "label": f"tensors {gib(report.drawn_peak_bytes)}"}
     chart.add("peak", [peak], dots_size=4, stroke=False)
     return _svg(chart)
 
@@ -82,36 +84,43 @@ def _steps(x: Sequence[float], y: Sequence[float], visible: float) -> Points:
     return [*points, (x[-1], now)]
 
 
+def furthest_shown(report: RiskReport) -> int:
+    """Bytes at the right edge of the chart of ways: more than thrice the budget would press the rest together."""
+    return min(
+        max(way.process_bytes for way in report.ways), max(3 * report.budget_bytes, report.ways[0].process_bytes)
+    )
+
+
 def ways_chart(report: RiskReport) -> str:
     """Memory against expected tokens/s: the chosen way, its neighbours, and the line of those that none beats."""
-    chosen, *others = report.ways
-    front = sorted((way for way in report.ways if way.on_front), key=lambda way: way.process_bytes)
+    furthest = furthest_shown(report)
+    shown = [way for way in report.ways if way.process_bytes <= furthest]
+    chosen, *others = shown
+    front = sorted((way for way in shown if way.on_front), key=lambda way: way.process_bytes)
 
-    def point(way: Any) -> tuple[float, float]:
-        return way.process_bytes / GIB, way.tokens_per_second
+    def points(ways: Iterable[Way]) -> Points:
+        return [(way.process_bytes / GIB, way.tokens_per_second or 0.0) for way in ways]
 
-    fast = max(point(way)[1] for way in report.ways) * 1.06
-    budget = report.budget_bytes / GIB
-    far = min(max(point(way)[0] for way in report.ways), 3 * budget)
-    shown = [way for way in others if point(way)[0] <= far]
-    low = min(point(way)[1] for way in report.ways) * 0.94
+    rates = [way.tokens_per_second or 0.0 for way in shown]
+    low, fast, far, budget = min(rates) * 0.94, max(rates) * 1.06, furthest / GIB * 1.03, report.budget_bytes / GIB
+    plain = [way for way in others if not way.changes_result]
     chart = _xy(
-        "memory-and-speed", ["--front", "--weights", "--logits", "--budget", "--ink"], x_title="GiB for the process",
-        y_title="tokens/s", range=(low, fast), xrange=(0, far * 1.03), y_labels=_ticks(fast, low),
-        value_formatter=count,
+        "memory-and-speed", ["--front", "--temporaries", "--weights", "--logits", "--budget", "--ink"],
+        x_title="GiB for the process", y_title="tokens/s", range=(low, fast), xrange=(0, far),
+        y_labels=_ticks(fast, low), value_formatter=count,
     )  # fmt: skip
     chart.x_value_formatter = lambda x: f"{x:.0f}"
-    chart.x_labels = _ticks(far * 1.03)
-    chart.add(
-        "Pareto front",
-        [point(way) for way in front if point(way)[0] <= far],
-        show_dots=False,
-        stroke_style={"width": 2},
-    )
-    chart.add("fits", [point(way) for way in shown if way.fits], stroke=False, dots_size=4)
-    chart.add("does not fit", [point(way) for way in shown if not way.fits], stroke=False, dots_size=4)
-    chart.add("budget", [(budget, low), (budget, fast)], show_dots=False, stroke_style={"width": 2, "dasharray": "7,4"})
-    chart.add("chosen", [{"value": point(chosen), "label": "chosen"}], stroke=False, dots_size=7)
+    chart.x_labels = _ticks(far)
+    chart.add("Pareto front", points(front), show_dots=False, stroke_style={"width": 2})
+    chart.add("costs numerics", points(way for way in others if way.changes_result), stroke=False, dots_size=3)
+    chart.add("fits", points(way for way in plain if way.fits), stroke=False, dots_size=4)
+    chart.add("does not fit", points(way for way in plain if not way.fits), stroke=False, dots_size=4)
+    if budget <= far:
+        dashes = {"width": 2, "dasharray": "7,4"}
+        chart.add("budget", [(budget, low), (budget, fast)], show_dots=False, stroke_style=dashes)
+    else:
+        chart.add("budget", [])
+    chart.add("chosen", [{"value": points([chosen])[0], "label": "chosen"}], stroke=False, dots_size=7)
     return _svg(chart)
 
 
@@ -152,11 +161,23 @@ def _ticks(top: float, low: float = 0.0) -> list[float]:
     return [round(first + i * step, 10) for i in range(int((top - first) / step) + 1)]
 
 
-def _xy(name: str, colours: Sequence[str], **settings: Any) -> pygal.XY:
-    import pygal
-    from pygal.style import Style
+def _pygal() -> Any:
+    """The library without the finder that it adds to ``sys.meta_path``.
 
-    style = Style(
+    The finder serves plugins, and has only the method that Python 3.12 no longer asks for: every later import of
+    something that is missing would warn about it.
+    """
+    import pygal
+    import pygal.style
+
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("pygal")]
+    return pygal
+
+
+def _xy(name: str, colours: Sequence[str], **settings: Any) -> pygal.XY:
+    pygal = _pygal()
+
+    style = pygal.style.Style(
         background="transparent", plot_background="transparent", foreground="var(--ink)",
         foreground_strong="var(--ink)", foreground_subtle="var(--line)", opacity="1", opacity_hover="1",
         colors=tuple(f"var({colour})" for colour in colours), font_family="inherit", transition="none",
@@ -172,5 +193,7 @@ def _xy(name: str, colours: Sequence[str], **settings: Any) -> pygal.XY:
 
 
 def _svg(chart: pygal.XY) -> str:
-    """The picture without comments (they hold a date) and pygal's script, which only tooltips would need."""
-    return re.sub(r"<!--.*?-->|<script.*?</script>", "", str(chart.render(is_unicode=True)), flags=re.DOTALL)
+    """The picture without comments (they hold a date), pygal's script, and titles that would only show bare numbers."""
+    return re.sub(
+        r"<!--.*?-->|<script.*?</script>|<title>.*?</title>", "", str(chart.render(is_unicode=True)), flags=re.DOTALL
+    )

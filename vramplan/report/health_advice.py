@@ -174,7 +174,7 @@ def _memory(record: Record, f: Figures) -> Iterator[Advice]:
     if record.alloc_retries:
         yield Advice(
             "warning", "memory", "The allocator ran short and had to give memory back.",
-            f"{record.alloc_retries:,} retries", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or a smaller batch",
+            f"{record.alloc_retries:,} retries", "PYTORCH_ALLOC_CONF=expandable_segments:True, or a smaller batch",
         )  # fmt: skip
     peak, planned = record.peak_allocated_bytes, record.planned.peak_allocated_bytes
     if peak is not None and planned is not None:

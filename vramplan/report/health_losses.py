@@ -26,6 +26,9 @@ WIDE_GAP = 0.05
 DIVERGED = 0.10
 """A loss this far (fraction) above the lowest it had, and well above its noise, is on its way up."""
 
+GROSS = 1.5
+"""Times the first loss, which is that of an untrained model: no noise reaches that far."""
+
 
 def first_loss(record: Record, f: Figures) -> Iterator[Advice]:
     """The loss before the first update against ln(vocabulary); silent for weights that were not new."""
@@ -74,6 +77,12 @@ def spikes(record: Record, f: Figures) -> Iterator[Advice]:
     if not record.spikes:
         if record.program == "vramplan" or judged > LEVEL + LEAST_COUNT:
             yield Advice("ok", "spikes", "No spikes of the loss.", f"seen {every}")
+        elif gross := _gross(record):
+            step, loss = gross
+            yield Advice(
+                "warning", "spikes", "A loss is far above that of an untrained model.", f"{loss:.4g} at step {step:,}",
+                "look at the data and the learning rate around that step",
+            )  # fmt: skip
         elif judged:
             numbers = f"{judged} logged; the first {LEVEL + LEAST_COUNT} are not judged"
             yield Advice("note", "spikes", "Too few losses were logged to tell spikes from noise.", numbers)
@@ -87,6 +96,15 @@ def spikes(record: Record, f: Figures) -> Iterator[Advice]:
     verdict: Verdict = "note" if few else "warning"
     remedy = "" if few else "a lower learning rate, a longer warm-up, or grad_clip 1.0"
     yield Advice(verdict, "spikes", "The loss or the gradient norm jumped.", numbers, remedy)
+
+
+def _gross(record: Record) -> tuple[int, float] | None:
+    """The highest loss after the first logged one, where it is GROSS times that; what needs no statistics."""
+    points = finite(record.losses)
+    if len(points) < 2:
+        return None
+    highest = max(points[1:], key=lambda point: point[1])
+    return highest if highest[1] > GROSS * points[0][1] else None
 
 
 def course(record: Record, f: Figures) -> Iterator[Advice]:

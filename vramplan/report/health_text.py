@@ -18,6 +18,8 @@ from .run_record import Curve, finite
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 CHART_WIDTH, CHART_HEIGHT = 64, 12
 FLAT = 1e-9
+LEAST_SHOWN = 1e-6
+"""Losses below it have no place on a logarithmic scale that shows the others."""
 
 
 def print_health(health: RunHealth, out: Console | None = None) -> None:
@@ -85,7 +87,7 @@ def loss_chart(train: Curve, validation: Curve, width: int = CHART_WIDTH, height
     The losses' scale is logarithmic, so that the end of a long fall can still be seen.
     """
     curves = [("." if validation else "*", smoothed(train, width)), ("o", finite(validation))]
-    points = [point for _, curve in curves for point in curve if point[1] > 0]
+    points = [point for _, curve in curves for point in curve if point[1] > LEAST_SHOWN]
     if len({step for step, _ in points}) < 2:
         return []
     low, high = min(loss for _, loss in points), max(loss for _, loss in points)
@@ -94,7 +96,7 @@ def loss_chart(train: Curve, validation: Curve, width: int = CHART_WIDTH, height
     cells = [[" "] * width for _ in range(height)]
     for mark, curve in curves:
         for step, loss in curve:
-            if loss > 0:
+            if loss > LEAST_SHOWN:
                 column = round((step - first) / (last - first) * (width - 1))
                 cells[round(math.log(high / loss) / span * (height - 1))][column] = mark
     labels = _labels(low, high, height)

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from .. import __version__
 from ..units import gib, gib_needed
-from .charts import GROUP_COLOURS, loss_chart, timeline_chart, ways_chart
+from .charts import GROUP_COLOURS, furthest_shown, loss_chart, timeline_chart, ways_chart
 from .console import printable
 from .plans import percent
 from .risk import RiskReport, measured_bytes
@@ -28,6 +28,7 @@ NAMED_COLOURS = {
     "driver": "var(--workspace)", "kept back": "var(--optimizer)",
     "CUDA context": "var(--context)", "Python and torch": "var(--context)",
     "tensors at the peak": "var(--weights)", "allocator slack": "var(--activations)",
+    "tuning kernels": "var(--logits)",
 }  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def sections_context(report: RiskReport) -> dict[str, Any]:
         ],
         "measured_bytes": measured_bytes,
         "way_words": way_words,
+        "beyond": sum(way.process_bytes > furthest_shown(report) for way in report.ways) if has_speed else 0,
     }
 
 

@@ -173,7 +173,7 @@ class Page:
             "repair": part.repair(report),
             "levers": part.levers(report),
             "risk": part.risk(report, context["measured_bytes"]),
-            "ways": part.ways(report, context["ways_chart"], context["way_words"]),
+            "ways": part.ways(report, context["ways_chart"], context["way_words"], context["beyond"]),
         }
 
     def _quick_report(self, wanted: Wanted) -> RiskReport:

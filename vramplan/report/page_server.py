@@ -91,7 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_for_us(self) -> bool:
         """Whether the browser meant this server: a foreign page that resolves its own name to here did not."""
-        names = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        port = self.server.server_port
+        names = {
+            f"{name}{end}" for name in (HOST, "localhost") for end in (f":{port}", "" if port == 80 else f":{port}")
+        }
         return self.headers.get("Host") in names and self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin")
 
     def _asked(self) -> tuple[str, dict[str, str]]:

@@ -54,6 +54,7 @@ class RiskReport:
     repair: Repair | None
     ways: tuple[Way, ...]
     measured: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -64,6 +65,46 @@ class RiskReport:
     def headroom_bytes(self) -> int:
         """What the budget has beyond the need; negative where it lacks something."""
         return self.budget_bytes - self.estimate.process_bytes
+
+    @property
+    def drawn_peak_bytes(self) -> int:
+        """The most that the tensors of the timeline take at once."""
+        return max(sum(stretch.top) for stretch in self.timeline)
+
+    @property
+    def beside_the_tensors(self) -> str:
+        """What is allocated at the peak beyond the tensors of the timeline, in words; empty where nothing is."""
+        tuning = self.estimate.first_step_bytes
+        rest = self.estimate.peak_allocated_bytes - self.drawn_peak_bytes - tuning
+        parts = [
+            f"{gib(size)} {what}"
+            for size, what in (
+                (tuning, "for tuning kernels in the first step"),
+                (rest, "in blocks not worth splitting"),
+            )
+            if size > 0
+        ]
+        return " and ".join(parts)
+
+    @property
+    def run_sentence(self) -> str:
+        """What a run measured, beside what was expected of it; empty where there is no run or it measured nothing."""
+        allocated, reserved = (self.measured.get(f"peak_{name}_bytes") for name in ("allocated", "reserved"))
+        guard = self.measured.get("guard") or []
+        words = []
+        if allocated and reserved:
+            error = self.estimate.peak_reserved_bytes / reserved - 1
+            words.append(
+                f"The run itself reserved {gib(reserved)} at the most, {gib(allocated)} of it allocated; "
+                f"{gib(self.estimate.peak_reserved_bytes)} reserved was expected ({error:+.2%})."
+            )
+        if guard:
+            last = guard[-1]
+            words.append(
+                f"Memory did not suffice: since step {last['step']:,} it runs as {last['batch_size']} x "
+                f"{last['grad_accum']}. What follows is of the configuration that it began with."
+            )
+        return " ".join(words)
 
     @property
     def top_tensors(self) -> tuple[TensorBytes, ...]:
@@ -109,6 +150,8 @@ class RiskReport:
             "levers": [_lever_dict(lever) for lever in self.levers],
             "ways": [way.as_dict() for way in self.ways],
             "measured": dict(self.measured),
+            "run_sentence": self.run_sentence,
+            "notes": list(self.notes),
         }
 
 
@@ -132,7 +175,7 @@ def _lever_dict(lever: Lever) -> dict[str, Any]:
 def build_report(
     title: str, shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float,
     measured: Mapping[str, Any] | None = None, *, total_bytes: int | None = None, held: Sequence[Held] = (),
-    quick: bool = False,
+    quick: bool = False, notes: Sequence[str] = (),
 ) -> RiskReport:  # fmt: skip
     """Compute everything the report shows.
 
@@ -162,4 +205,5 @@ def build_report(
         repair=None if quick or needs <= budget_bytes else smallest_repair(shape, step, gpu, budget_bytes, max_risk),
         ways=() if quick else ways(shape, step, gpu, budget_bytes, max_risk),
         measured=measured or {},
+        notes=tuple(notes),
     )

@@ -29,9 +29,13 @@ def print_report(report: RiskReport, out: Console | None = None) -> None:
     """The whole report."""
     out = out or console()
     full = report.estimate
-    out.print(f"[bold]OOM-risk report[/] {escape(report.title)}")
+    out.print(f"[bold]OOM-risk report[/] {escape(printable(report.title))}")
     out.print(f"  [{'green' if report.fits else 'red'}]{report.verdict}[/]")
     out.print(f"  [dim]{report.risk.reason}[/]")
+    if report.run_sentence:
+        out.print(f"  {report.run_sentence}", markup=False)
+    for note in report.notes:
+        out.print(f"  [dim]{escape(note)}[/]")
     for note in full.caveats:
         out.print(f"  [yellow]warning[/]: {note}")
     needs = f"needs at least {gib_needed(report.needs_bytes)} free"
@@ -75,6 +79,8 @@ def _print_timeline(out: Console, report: RiskReport) -> None:
         out.print(f"  {stretch.phase:<19}{total:>9}  {bar}", markup=False)
     legend = ", ".join(f"{LETTERS[name]} {name}" for name, _ in GROUPS)
     out.print(f"  # context and {legend.removeprefix('# ')}; | is the budget. Not counted: the allocator's slack.")
+    if report.beside_the_tensors:
+        out.print(f"  At the peak there are also {report.beside_the_tensors}.")
 
 
 def _stack(moment: Moment, context_bytes: int, most: int) -> str:
@@ -181,7 +187,9 @@ def measured_lines(report: RiskReport) -> list[str]:
     found = report.measured
     allocated, full = found.get("peak_allocated_bytes"), report.estimate
     lines = []
-    if allocated is None:
+    if allocated is None and report.step.device == "cuda":
+        lines.append("No step was logged with its peak.")
+    elif allocated is None:
         lines.append(
             "A CPU run records no peak; `estimate` counts tensors that a CPU pass confirms in the tests, and "
             "`vramplan probe` counts them in real steps here."
@@ -221,7 +229,11 @@ def measured_phases(report: RiskReport) -> list[tuple[str, int, int | None]]:
     """Each phase a run measured: its most allocated bytes, and those expected of it (None where nothing was)."""
     peaks: dict[str, int] = report.measured.get("phase_peaks") or {}
     expected = report.estimate.phase_peaks
-    return [
-        (phase, size, max((expected[p] for p in EXPECTED_PHASES.get(phase, ()) if p in expected), default=None))
-        for phase, size in peaks.items()
-    ]
+    found = []
+    for phase, size in peaks.items():
+        parts = [p for p in EXPECTED_PHASES.get(phase, ()) if p in expected]
+        most = max((expected[p] for p in parts), default=None)
+        if report.estimate.peak_phase in parts:  # with what is allocated there beside the tensors
+            most = report.estimate.peak_allocated_bytes
+        found.append((phase, size, most))
+    return found

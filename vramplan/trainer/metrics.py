@@ -89,7 +89,16 @@ def _sound(line: Any) -> bool:
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
         return False
     complete = all(name in line for name in _REQUIRED.get(line["kind"], ()))
-    return complete and all(v is None or type(v) in (int, float) for k, v in line.items() if k not in _WORDS)
+    return complete and all(v is None or _is_number(v) for k, v in line.items() if k not in _WORDS)
+
+
+LARGEST = 2**63
+"""Whole numbers beyond it are none that a run writes."""
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that JSON has and a float can hold."""
+    return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) < LARGEST
 
 
 def drop_after(path: Path, step: int) -> int:

@@ -23,6 +23,7 @@ function query() {
 
 async function ask(path, words) {
   const answer = await fetch(`${path}?${words}`);
+  if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
   return answer.json();
 }
 
@@ -44,41 +45,63 @@ function place(state) {
 }
 
 function show(state) {
-  place(state);
   part("problem").textContent = state.problem || "";
-  for (const name of ["verdict", "timeline", "levers", "card"]) part(`${name}-part`).innerHTML = state[name] || "";
+  for (const name of ["verdict", "timeline", "levers", "card"]) fill(`${name}-part`, state[name]);
   part("command").textContent = state.commands ? state.commands.estimate : "";
+  part("tools").hidden = !state.commands; // nothing to copy or to download while it is impossible
   document.body.dataset.values = JSON.stringify(state.values || null);
+}
+
+function fill(id, html) {
+  const target = part(id);
+  const open = [...target.querySelectorAll("details")].map((details) => details.open);
+  target.innerHTML = html || "";
+  target.querySelectorAll("details").forEach((details, i) => { details.open = open[i] ?? details.open; });
 }
 
 async function follow() {
   clearTimeout(resting);
   if (running) { again = true; return; }
   running = true;
-  do {
-    again = false;
-    const words = query();
-    show(await ask("/view", words));
-    if (!again) {
+  try {
+    do {
+      again = false;
+      const words = query();
+      const state = await ask("/view", words);
+      if (again) continue; // the controls have moved on: they are the user's, not this answer's
+      place(state);
+      show(state);
       for (const name of ["repair", "risk-part", "ways-part"]) part(name).classList.add("stale");
-      part("download").href = `/configuration.toml?${words}`;
-      document.body.dataset.shown = words;
-    }
-  } while (again);
-  running = false;
-  resting = setTimeout(rest, REST);
+      part("download").href = `/configuration.toml?${query()}`;
+      document.body.dataset.shown = query();
+    } while (again);
+    resting = setTimeout(rest, REST);
+  } catch (error) {
+    gone(error);
+  } finally {
+    running = false;
+  }
 }
 
 async function rest() {
   const words = query();
-  const found = await ask("/more", words);
-  if (running || words !== query()) return;
-  part("repair").innerHTML = found.repair || "";
-  part("levers-part").innerHTML = found.levers || "";
-  part("risk-part").innerHTML = found.risk || "";
-  part("ways-part").innerHTML = found.ways || "";
-  for (const name of ["repair", "risk-part", "ways-part"]) part(name).classList.remove("stale");
-  document.body.dataset.rested = words;
+  try {
+    const found = await ask("/more", words);
+    if (running || words !== query()) return;
+    if (found.problem) { part("problem").textContent = found.problem; return; }
+    if (found.levers) fill("levers-part", found.levers);
+    fill("repair", found.repair);
+    fill("risk-part", found.risk);
+    fill("ways-part", found.ways);
+    for (const name of ["repair", "risk-part", "ways-part"]) part(name).classList.remove("stale");
+    document.body.dataset.rested = words;
+  } catch (error) {
+    gone(error);
+  }
+}
+
+function gone(error) {
+  part("problem").textContent = `No answer (${error.message}): what is shown below is old. Is vramplan ui still running?`;
 }
 
 form.addEventListener("input", (event) => {
@@ -91,14 +114,19 @@ form.addEventListener("submit", (event) => event.preventDefault());
 
 part("best").addEventListener("click", async () => {
   part("best").disabled = true;
-  const found = await ask("/best", query());
-  part("best").disabled = false;
-  if (found.problem) { part("problem").textContent = found.problem; return; }
-  batch = found.batch;
-  for (const [name, value] of Object.entries(found)) {
-    if (name !== "batch") form.elements[name].value = value;
+  try {
+    const found = await ask("/best", query());
+    if (found.problem) { part("problem").textContent = found.problem; return; }
+    batch = found.batch;
+    for (const [name, value] of Object.entries(found)) {
+      if (name !== "batch") form.elements[name].value = value;
+    }
+    await follow();
+  } catch (error) {
+    gone(error);
+  } finally {
+    part("best").disabled = false;
   }
-  follow();
 });
 
 part("copy").addEventListener("click", async () => {
