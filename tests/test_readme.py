@@ -7,6 +7,7 @@ directory. ``python tests/test_readme.py`` rewrites the transcripts with what th
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,14 @@ def transcript(command: str, directory: Path) -> tuple[int, str]:
     return done.returncode, normal(done.stdout + done.stderr)
 
 
+def with_examples(directory: Path) -> Path:
+    """A directory that has what the commands name."""
+    shutil.copytree(README.parent / "examples", directory / "examples", ignore=shutil.ignore_patterns("*.py", "__*"))
+    return directory
+
+
 def test_every_command_prints_what_the_readme_shows(tmp_path):
+    with_examples(tmp_path)
     blocks = list(BLOCK.finditer(README.read_text(encoding="utf-8")))
     assert len(blocks) >= 4
     for block in blocks:
@@ -50,6 +58,7 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
+        with_examples(Path(folder))
 
         def fill(block: re.Match[str]) -> str:
             _, output = transcript(block["command"], Path(folder))

@@ -75,7 +75,7 @@ def spikes(record: Record, f: Figures) -> Iterator[Advice]:
     judged = len(finite(record.losses))
     every = f"every {record.spikes_resolution:,} steps" if record.spikes_resolution > 1 else "every step"
     if not record.spikes:
-        if record.program == "vramplan" or judged > LEVEL + LEAST_COUNT:
+        if judged and (record.program == "vramplan" or judged > LEVEL + LEAST_COUNT):
             yield Advice("ok", "spikes", "No spikes of the loss.", f"seen {every}")
         elif gross := _gross(record):
             step, loss = gross
