@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from vramplan.planner.culprit import driver_request, find_culprit, product
+from vramplan.planner.culprit import find_culprit, product
 from vramplan.planner.explain import Available, Explanation, available_in, explain
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.levers import EXPANDABLE
 from vramplan.planner.memory import estimate
+from vramplan.planner.oom_cause import driver_request
 from vramplan.planner.oom_text import read_oom
 from vramplan.planner.risk import needed_for
 from vramplan.planner.shape import Shape

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from math import prod
 
 from ..units import GIB, KIB, MIB
-from .allocator import MIN_BLOCK, OWN_SEGMENT_FROM, ROUND_LARGE, SMALL_LIMIT, SMALL_SEGMENT
+from .allocator import MIN_BLOCK, SMALL_SEGMENT
 from .allocator_settings import LARGE_SEGMENT
 from .memory import Estimate, TensorBytes, alive_after
+from .oom_cause import driver_request
 from .oom_text import OomText
 from .oom_trace import Moment
 from .shape import Shape
@@ -118,13 +119,6 @@ def find_culprit(found: OomText, full: Estimate) -> Lookup:
         phases = ", ".join(sorted({c.change.phase for c in candidates}))
         return Lookup(None, f"tensors of that size are made in another phase ({phases}) than the traceback shows")
     return _chosen(_narrowed(inside, found), full, found)
-
-
-def driver_request(n_bytes: int) -> int:
-    """Bytes that torch asks of the driver for a tensor of ``n_bytes``, where its cache has no place for it."""
-    if n_bytes <= SMALL_LIMIT:
-        return SMALL_SEGMENT
-    return LARGE_SEGMENT if n_bytes < OWN_SEGMENT_FROM else -(-n_bytes // ROUND_LARGE) * ROUND_LARGE
 
 
 def _exact_bytes(found: OomText) -> int | None:

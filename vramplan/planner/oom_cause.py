@@ -6,7 +6,8 @@ what of that was not in use, and O what others hold:
 * **limit**: a limit was set (a memory fraction, a cgroup, a batch system), and either the driver had R free all the
   same, or S + R is beyond the limit while U is smaller than R;
 * **fragmentation**: U >= R > F, so that the request would have fitted had the free pieces been one. It does not count
-  where U is below a hundredth of the card: so much lies idle in any allocator, and the next request would have failed;
+  where U is below a twentieth of the card and R below a hundredth: so much lies idle in any allocator, and one of the
+  next requests would have failed;
 * **other_process**: F < R <= F + O, so that it would have fitted without the others, and O is at least a hundredth of
   the card. O is what the message lists; else T - F less this process; else, where neither is said, T - F - S less what
   a CUDA context and its libraries may take, and then it must be a fifth of the card;
@@ -24,13 +25,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..units import GIB, gib
+from .allocator import OWN_SEGMENT_FROM, ROUND_LARGE, SMALL_LIMIT, SMALL_SEGMENT
+from .allocator_settings import LARGE_SEGMENT
 from .oom_fields import ABSURD_BYTES, Figures
 from .oom_report import Event
 
 Cause = Literal["exhausted", "fragmentation", "other_process", "limit", "unknown"]
 
-TRIVIAL_SHARE = 100
-"""Idle reserved memory below this part (1/100) of the card is no fragmentation worth the name."""
+TRIVIAL_SHARE, SMALL_REQUEST = 20, 100
+"""Idle reserved memory below this part (1/20) of the card is no fragmentation worth the name, for a request below that
+part (1/100) of it."""
 
 OTHERS_SHARE, GUESSED_SHARE = 100, 5
 """Others that hold less than this part of the card are not why it is full: 1/100, or 1/5 where nothing says that it is
@@ -71,6 +75,13 @@ def judge(event: Event) -> Judgement:
     if event.kind == "host_oom":
         return _host(event)
     return _card(own_process(event.figures))
+
+
+def driver_request(n_bytes: int) -> int:
+    """Bytes that torch asks of the driver for a tensor of ``n_bytes``, where its cache has no place for it."""
+    if n_bytes <= SMALL_LIMIT:
+        return SMALL_SEGMENT
+    return LARGE_SEGMENT if n_bytes < OWN_SEGMENT_FROM else -(-n_bytes // ROUND_LARGE) * ROUND_LARGE
 
 
 def own_process(figures: Figures) -> Figures:
@@ -149,11 +160,13 @@ def _by_limit(f: Figures, held: Holders) -> Judgement | None:
 def _by_pieces_or_others(asked: int, f: Figures, held: Holders) -> Judgement | None:
     total, free = f.total_bytes, f.free_bytes or 0
     size = total if total is not None else held.reserved or 0
-    pieces = held.idle if held.idle is not None and held.idle >= max(asked, size // TRIVIAL_SHARE) else 0
+    pieces = held.idle if held.idle is not None and held.idle >= asked else 0
+    if pieces < size // TRIVIAL_SHARE and asked < size // SMALL_REQUEST:
+        pieces = 0
     others = held.others or 0
     if total is None or others < total // held.share or free + others < asked:
         others = 0
-    if f.free_bytes is not None and free >= asked:
+    if _had_room(f, asked):
         return None
     if pieces and pieces >= others:
         return Judgement(
@@ -172,7 +185,7 @@ def _by_own(asked: int, total: int | None, free: int | None, f: Figures, held: H
     own = max((n for n in (held.reserved, held.process, f.allocated_bytes) if n is not None), default=None)
     if own is None or total is None:
         return Judgement("unknown", "the text does not say what was held, and by whom")
-    if free is not None and free >= asked:
+    if free is not None and _had_room(f, asked):
         return Judgement(
             "unknown",
             f"the driver had {gib(free)} free, more than the {gib(asked)} asked for; another process may have freed it "
@@ -195,6 +208,11 @@ def _by_own(asked: int, total: int | None, free: int | None, f: Figures, held: H
     return Judgement(
         "exhausted", f"this process holds {gib(own)} of {gib(total)}, and asked for {gib(asked)} more{idle}"
     )
+
+
+def _had_room(f: Figures, asked: int) -> bool:
+    """Whether the driver had what was asked of it; torch before 1.4 printed the tensor's size, not the segment's."""
+    return f.free_bytes is not None and f.free_bytes >= (asked if f.cached_bytes is None else driver_request(asked))
 
 
 def _full(f: Figures, held: Holders) -> Judgement | None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from .oom_fields import figures_in, plain
 from .oom_phrases import PHRASES
-from .oom_report import CODE, OTHERS, Event, Other, framework_of, mentioned
+from .oom_report import OTHERS, Event, Other, framework_of
+from .oom_talk import CODE, line_of, literal, mentioned, taught
 
 MOST_MENTIONS = 400
 """Of each telling phrase, the last ones: a log that repeats a failure more often says nothing new before them."""
@@ -33,6 +34,10 @@ HEAD = 260
 
 
 _HEADER = re.compile(r"(CUDA|HIP|XPU|NPU|MPS|MUSA|GCU|MLU|HPU)(?i:backend|driver)?(?i:error:)?(?i:outofmemory)")
+
+
+_CUT_OFF = re.compile(r"(?i)ocate\d|outofmemory|ifreserved|oftheallocatedmemory|GPU\d*;\d")
+"""Of a message without its first words: what no log of a healthy run says beside the same figures."""
 
 
 def memory_events(text: str) -> list[Event]:
@@ -127,7 +132,11 @@ def _allocator_event(text: str, at: int, end: int, tails: list[int]) -> Event | 
     asked = figures.requested_bytes is not None or figures.beyond_bounds
     if not (asked and device) and figures.said < 2:
         return None
-    if CODE.match(line) and figures.said < 3:
+    if not (asked or device) and not _CUT_OFF.search(plain(before + text[at:end])):
+        return None
+    if (CODE.match(line_of(text, first, last)) and figures.said < 3) or literal(text, first, last):
+        return None
+    if figures.said < 3 and taught(text, first, last):
         return None
     return Event(
         start=max(first, at - HEAD), end=last, weight="figures", line=line.strip()[:LONGEST_LINE], figures=figures,
@@ -143,7 +152,7 @@ _HEADS = (
     ("oom on device", re.compile(r"oom\s+on\s+device\s+\d+\s+while\s+trying")),
 )
 _TAILS = (
-    "total capac", "already alloc", "reserved in total", "allocated by pytorch", "reserved by pytorch but",
+    "total capa", "already alloc", "reserved in total", "allocated by pytorch", "reserved by pytorch but",
     "non-pytorch memory, this", "memory fraction", "according to", "capaci", "unalloc", "is free", "memory in use",
     "is reserved", "torch, and",
 )  # fmt: skip

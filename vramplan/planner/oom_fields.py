@@ -91,12 +91,12 @@ _BEFORE = {
 }
 """Figures that follow their words."""
 _AFTER = {
-    "total_bytes": re.compile(SIZE + "totalcapacity", re.IGNORECASE),
-    "free_bytes": re.compile(SIZE + r"(?:free[;)]|isfree)", re.IGNORECASE),
-    "allocated_bytes": re.compile(SIZE + r"(?:alreadyallocated|isallocatedbyPyTorch)", re.IGNORECASE),
-    "reserved_bytes": re.compile(SIZE + "reservedintotal", re.IGNORECASE),
+    "total_bytes": re.compile(SIZE + r"totalcapac", re.IGNORECASE),
+    "free_bytes": re.compile(SIZE + r"(?:free[;)]|isfree|(?:is)?fr?e?e?$)", re.IGNORECASE),
+    "allocated_bytes": re.compile(SIZE + r"(?:alreadyalloc|isallocatedby)", re.IGNORECASE),
+    "reserved_bytes": re.compile(SIZE + r"reservedint", re.IGNORECASE),
     "cached_bytes": re.compile(SIZE + r"cached\b", re.IGNORECASE),
-    "reserved_unallocated_bytes": re.compile(SIZE + "isreservedbyPyTorchbutunallocated", re.IGNORECASE),
+    "reserved_unallocated_bytes": re.compile(SIZE + r"isreservedbyPyTorch(?:b|$)", re.IGNORECASE),
     "limit_bytes": re.compile(SIZE + "allowed;", re.IGNORECASE),
 }
 """Figures that come before their words."""

@@ -1,4 +1,4 @@
-"""A report that memory ran out or that something else failed, and how to tell it from talk about such failures."""
+"""A report that memory ran out or that something else failed, and whose memory it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .failures import NOT_MEMORY
-from .oom_fields import Figures, without_prefix
+from .oom_fields import Figures
 
 Kind = Literal["cuda_oom", "hip_oom", "host_oom"]
 Weight = Literal["figures", "words", "killed"]
@@ -61,10 +61,11 @@ OTHER_FRAMEWORKS = (
     (r"java\.lang|java heap", "a Java program"),
     (r"vk_error|vulkan", "Vulkan"),
     (r"mps backend|mps allocated", "torch's backend for Apple's chips (MPS)"),
-    (r"\bxpu out of|xpu error|level.zero|ze_result|UR_RESULT", "torch's backend for Intel's GPUs (XPU)"),
+    (r"\bxpu out of|xpu error|level.zero|ze_result|UR_RESULT|platform can not allocate memory block",
+     "torch's backend for Intel's GPUs (XPU)"),
     (r"\bnpu out of|\bnpu\b.{0,40}out of memory|torch_npu", "torch's backend for Ascend's NPUs"),
     (r"\bhpu\b|MODULE:PT_DEVMEM|\bmusa out of|\bgcu out of|\bmlu out of", "another vendor's backend of torch"),
-)
+)  # fmt: skip
 """Whose memory it was, where a failure is not one of torch on CUDA, ROCm or the host."""
 
 OTHER_FAILURES = (
@@ -88,60 +89,15 @@ OTHER_FAILURES = (
 
 OTHERS = [(re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in OTHER_FAILURES]
 _FRAMEWORKS = [(re.compile(pattern, re.IGNORECASE), name) for pattern, name in OTHER_FRAMEWORKS]
+_OWN = re.compile(r"(?i)\b(?:cuda|hip) (?:error: )?out of memory")
+_DEVICE = re.compile(r"(?i)\b(?:xpu|npu|mps|musa|gcu|mlu|hpu)(?: backend| driver)?(?: error:)? out of memory")
 _TORCH = re.compile(
     r"torch\.(?:cuda\.)?(?:OutOfMemory|Accelerator)Error|CUDA kernel errors might|CUDACachingAlloc|TORCH_USE_CUDA_DSA"
 )
 
-TALK = re.compile(
-    r"\b(?:if|when|whenever|avoid\w*|prevent\w*|unless|fix\w*|solv\w+|handl\w+|how|may|might|could|can|would|should|"
-    r"in case|such as|e\.g|like|except|catch\w*|instead|causes?|leads?|without|risk\w*|likely|about|get|see|"
-    r"common|typical\w*|raises?|throws?|means?|for|no|not|never|whether|as)\b",
-    re.IGNORECASE,
-)
-"""Words before a phrase that make it talk about failures."""
-TALK_AFTER = re.compile(
-    r"\s+(?:errors?|issues?|problems?|exceptions?|is|are|was|can|may|might|will|when(?! calling)|if|because|for|with|by"
-    r"|and|or|crash\w*|situations?|conditions?|handling|killer|means|indicates|usually|typically)\b",
-    re.IGNORECASE,
-)
-_REPORTS = re.compile(
-    r"\b(?:\w*(?:Error|Exception)|error|warning|fatal|critical|exception|fail|failed|failure|crashed|caught|terminated|aborted)\b"
-    r"|what\(\)",
-    re.IGNORECASE,
-)
-CODE = re.compile(
-    r"\s*(?:raise|except|if|elif|while|assert|return|def|class|import|from|print|with|case|log(?:ger|ging)?\.\w+)\b"
-    r"|\s*[\w.]+ [+|]?= |.*\bin str\(|.*isinstance\(|.*\.lower\(\)|\s*(?:#|//|@\w)"
-    r"|\s*[(\[]{0,2}[rf]?[\"'].*[\"'][)\],]+\s*$|\s*(?![\w.]*(?:Error|Exception)\()[\w.]+\(.*\)\s*$"
-)
-"""Lines of source code, as tracebacks quote them and as people paste them."""
-
-
-_LISTED = re.compile(r"\s*(?:[*+-]|\d+\.)\s")
-_SPAN_ENDS = re.compile(r"[^`\n]{0,200}`\W*\w")
-"""An item of a list that quotes an error and goes on to speak of it."""
-
 
 def framework_of(text: str) -> str | None:
     """The other framework whose failure a piece of text is; None for torch's."""
-    if _TORCH.search(text):
+    if _TORCH.search(text) and (_OWN.search(text) or not _DEVICE.search(text)):
         return None
     return next((name for pattern, name in _FRAMEWORKS if pattern.search(text)), None)
-
-
-def mentioned(line: str, start: int) -> bool:
-    """Whether words before ``start``, or the line as source code, make it talk about a failure."""
-    return bool(CODE.match(line) or TALK.search(without_prefix(line[:start])))
-
-
-def talks(line: str, start: int, end: int, *, after: bool = True) -> bool:
-    """Whether the phrase at ``start`` of a line is spoken of rather than reported."""
-    before = line[:start]
-    if CODE.match(line) or line.lstrip().startswith("|") or (after and TALK_AFTER.match(line[end : end + 40])):
-        return True
-    if after and _LISTED.match(line) and _SPAN_ENDS.match(line, end):
-        return True
-    bare = without_prefix(before.replace("**", "")).strip("\"'`( \t")
-    if not bare:
-        return before.lstrip().startswith(("#", "//", "*"))
-    return bool(TALK.search(bare)) or _REPORTS.search(before) is None

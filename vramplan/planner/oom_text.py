@@ -34,7 +34,7 @@ _PROGRESS = re.compile(
 _RAISED = re.compile(r"^(?:[\w.]{1,80}\.)?(\w{0,60}(?:Error|Exception|Interrupt|Failure))\b(?::|$)")
 _CONSEQUENCE = re.compile(
     r"(?i)ChildFailed|ProcessExited|ProcessRaised|NCCL|Broken ?Pipe|ConnectionReset|EOFError|Engine ?core|DistBackend|"
-    r"CalledProcess|SystemExit|KeyboardInterrupt|watchdog|waited for others|wandb|BrokenProcessPool"
+    r"CalledProcess|SystemExit|watchdog|waited for others|wandb|BrokenProcessPool"
 )
 _ADVICE = re.compile(
     r"If reserved (?:memory is >> allocated|but unallocated memory is large)|max_split_size_mb|ALLOC_CONF"
