@@ -197,3 +197,14 @@ def test_nothing_is_written_where_there_is_no_repair(crash: Path, tmp_path: Path
     assert result.exit_code == 0
     assert "not written" in result.output
     assert not out.exists()
+
+
+def test_a_script_with_a_file_of_settings_is_a_command_line(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text("batch_size = 8\nn_embd = 576\n", encoding="utf-8")
+    crash = tmp_path / "crash.txt"
+    crash.write_text(TEXT.format(" Tried to allocate 1.54 GiB."), encoding="utf-8")
+    found = answer(crash, "--config", "train.py small.py")
+    assert found["repair"]["config"]["batch_size"] <= 8
+    missing = run(crash, "--config", "train.py nowhere.py")
+    assert missing.exit_code == 2
+    assert "nowhere.py" in missing.output

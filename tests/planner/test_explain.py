@@ -107,6 +107,27 @@ def test_what_was_allocated_tells_equal_tensors_apart() -> None:
         assert name in lookup.culprit.name.split(" or ")
 
 
+@pytest.mark.parametrize(
+    ("line", "asked", "name"),
+    [
+        ("state['exp_avg_sq'] = torch.zeros_like(p)", 50304 * 576 * 4, "wte exp_avg_sq"),
+        ("state['exp_avg'] = torch.zeros_like(p)", 50304 * 576 * 4, "wte exp_avg"),
+        ("logits = self.lm_head(x)", 16 * 1024 * 50304 * 2, "logits"),
+        ("x = self.gelu(x)", 16 * 1024 * 2304 * 2, "gelu output"),
+        ("x = self.c_fc(x)", 16 * 1024 * 2304 * 2, "mlp.fc output"),
+    ],
+)
+def test_the_last_telling_line_of_the_traceback_tells_equal_tensors_apart(line: str, asked: int, name: str) -> None:
+    caller = "optimizer.step()" if "state" in line else "logits, loss = model(X, Y)"
+    words = f"CUDA out of memory. Tried to allocate {driver_request(asked) / MIB:.2f} MiB."
+    crash = (
+        f"Traceback (most recent call last):\n    {caller}\n    {line}\n    inner()\ntorch.OutOfMemoryError: {words}"
+    )
+    lookup = find_culprit(read_oom(crash), estimate(SHAPE, STEP))
+    assert lookup.culprit is not None, lookup.reason
+    assert lookup.culprit.name == name
+
+
 def test_a_size_that_no_tensor_has_names_none() -> None:
     lookup = find_culprit(read_oom(text(line="pass", rest=figures("3.33 GiB"))), estimate(SHAPE, STEP))
     assert lookup.culprit is None

@@ -598,6 +598,153 @@ def test_what_is_no_memory_failure_is_said_and_fills_no_field(text: str, words: 
     assert found.processes == ()
 
 
+FULL = NEW.partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.OutOfMemoryError: " + FULL.replace("CUDA out", "XPU out"),
+        "torch.OutOfMemoryError: NPU out of memory. Tried to allocate 512.00 MiB",
+        "torch.OutOfMemoryError: MPS backend out of memory (MPS allocated: 7.00 GB)",
+        "RuntimeError: Current platform can NOT allocate memory block with size larger than 4GB! Tried to allocate "
+        "5.50 GiB (GPU 0; 11.00 GiB total capacity; 1.00 GiB already allocated; 2.00 GiB reserved in total by PyTorch)",
+    ],
+)
+def test_other_devices_of_torch_are_not_explained(text: str) -> None:
+    assert read_oom(text).kind == "not_memory"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory? Seven things to try first",
+        "Why it happens\n\n  \u2022 RuntimeError: CUDA out of memory halfway through an epoch\n",
+        "# Help\n\nIf you see an error such as the one below, the batch is too large:\n```\n"
+        "torch.OutOfMemoryError: CUDA out of memory.\n```\n",
+        "Your notes say you're training and met RuntimeError: CUDA out of memory. Tried to allocate Y GiB.",
+        "If you get `RuntimeError: CUDA out of memory. Tried to allocate 64.00 MiB`, use fewer tokens.",
+        "exception torch.OutOfMemoryError\n\nException raised when there is no room on a device",
+        "MemoryError\n===========\nWhat it is.",
+        "Raises:\n    MemoryError: If the table does not fit",
+        "Known problems\n\n**RuntimeError: CUDA error: out of memory**\n\nLower the block size.",
+        "> `failed (exitcode: -9)`\n\nThis means that the host had no memory left.",
+    ],
+)
+def test_documentation_that_quotes_a_failure_is_none(text: str) -> None:
+    assert read_oom(text).kind == "not_memory"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"import torch\n\nx = torch.empty(9, device='cuda')\n# RuntimeError: {FULL}\n",
+        f'    raise RuntimeError("{FULL}")',
+        f'MESSAGE: Final[str] = "{FULL}"',
+        f'    fail(\n        "{FULL}"\n    )',
+        'TEXT: Final = "CUDA out of memory"',
+        "    cudaErrorMemoryAllocation = 2,",
+    ],
+)
+def test_source_code_that_holds_a_message_is_none(text: str) -> None:
+    assert read_oom(text).kind == "not_memory"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET /plan HTTP status 137",
+        "iter 137: loss 3.1, code 137",
+        "exit code: 137 checks passed",
+        "$ kill -9 4711\n[1]+  Killed                  python train.py",
+        "you tried to allocate 5 seats",
+        "step 4: 9.10 GiB already allocated; 2.00 GiB free; 10.00 GiB reserved in total",
+        "GPU 1 has a total capacity of 23.52 GiB of which 20.10 GiB is free.",
+        "OSError: [Errno 12] Cannot allocate memory: '/dev/shm/psm_7'",
+    ],
+)
+def test_numbers_and_kills_that_say_nothing_of_memory_are_none(text: str) -> None:
+    assert read_oom(text).kind == "not_memory"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "asked"),
+    [
+        ("# RuntimeError: CUDA error: out of memory\n\nHello, what can I do?", "cuda_oom", None),
+        (f"## torch.OutOfMemoryError: {FULL}\n\nHello", "cuda_oom", 640 * MIB),
+        ("For two days I get RuntimeError: CUDA error: out of memory when I train", "cuda_oom", None),
+        ("box:12:34 [1] init.cc:9 NCCL WARN Cuda failure 'out of memory'", "cuda_oom", None),
+        ("box:12:34 [1] alloc.h:9 NCCL WARN Failed to CUDA calloc 8388608 bytes", "cuda_oom", 8 * MIB),
+        ("**Error out of memory at line 12 in file /w/csrc/ops.cu**\n\nMy system:", "cuda_oom", None),
+        ("cuda failed with error 2 out of memory", "cuda_oom", None),
+        ("step 7\n**Killed**\n", "host_oom", None),
+        ("step 7\nKilled.", "host_oom", None),
+        ("step 7\n\u5df2\u6740\u6b7b", "host_oom", None),
+        ("Your session crashed after using all available RAM.", "host_oom", None),
+        ("Your notebook tried to allocate more memory than is available.", "host_oom", None),
+        ("The exit codes of the workers are {SIGKILL(-9), EXIT(1)}", "host_oom", None),
+        (
+            "RuntimeError: [enforce fail at alloc.cpp:5] posix_memalign(&data, 64, nbytes) == 0. 12 vs 0",
+            "host_oom",
+            None,
+        ),
+        ("MemoryError: Unable to allocate 3 GB for array with form (9, 9) and data type float64", "host_oom", 3 * GIB),
+        (
+            f"# Traceback (most recent call last):\n#   File 'x.py'\n# RuntimeError: {FULL}\nx = 1",
+            "cuda_oom",
+            640 * MIB,
+        ),
+    ],
+)
+def test_more_reports_of_memory_are_read(text: str, kind: str, asked: int | None) -> None:
+    found = read_oom(text)
+    assert (found.kind, found.figures.requested_bytes) == (kind, asked)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Some of your processes may have been killed by the cgroup out-of-memory handler.",
+        "slurmstepd: error: *** JOB 7 ON n3 CANCELLED AT 2031-05-12 DUE TO MEMORY LIMIT ***",
+    ],
+)
+def test_a_batch_systems_limit_is_one(text: str) -> None:
+    assert fields(text) == {"kind": "host_oom", "cause": "limit"}
+
+
+@pytest.mark.parametrize("end", ["reserved by PyTorch but un", "reserved by PyTorch bu", "reserved by PyTorch"])
+def test_a_message_cut_within_a_word_keeps_its_last_figure(end: str) -> None:
+    cut = NEW[: NEW.index(end) + len(end)]
+    assert fields(cut)["reserved_unallocated_bytes"] == b(371.4, MIB)
+    old = OLD[: OLD.index("already alloc") + len("already alloc")]
+    assert fields(old)["allocated_bytes"] == b(13.7, GIB)
+
+
+def test_an_echo_that_was_cut_off_does_not_hide_the_whole_message() -> None:
+    assert fields(f"{NEW}\nFAILED test_x - {NEW[:220]}") == NEW_FIELDS
+
+
+def test_a_small_request_beside_a_little_idle_memory_is_not_fragmentation() -> None:
+    words = NEW.replace("640.00 MiB", "20.00 MiB").replace("312.81", "10.00").replace("23.20", "23.51")
+    assert fields(words.replace("22.35", "22.51").replace("371.40", "471.40"))["cause"] == "exhausted"
+    assert fields(words.replace("22.35", "20.51").replace("371.40 MiB", "2.50 GiB"))["cause"] == "fragmentation"
+
+
+def test_the_oldest_torch_asked_for_a_segment_more_than_it_printed() -> None:
+    words = (
+        "CUDA out of memory. Tried to allocate 4.00 MiB (GPU 0; 7.93 GiB total capacity; 7.20 GiB already allocated; "
+        "{} MiB free; 40.00 MiB cached)"
+    )
+    assert fields(words.format("6.00"))["cause"] == "exhausted"
+    assert fields(words.format("60.00"))["cause"] == "unknown"
+
+
+def test_a_run_that_went_on_and_was_interrupted_did_not_die_of_memory() -> None:
+    assert (
+        read_oom(f"caught {NEW}\n{PROGRESS}Traceback (most recent call last):\nKeyboardInterrupt").kind == "not_memory"
+    )
+
+
 # -------------------------------------------------------------------- several failures
 
 

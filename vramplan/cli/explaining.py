@@ -126,7 +126,9 @@ def read_source(given: str, near: Path) -> Source:
     """The configuration that ``--config`` names; files of a command line also ``near`` the log. Raises ConfigError."""
     path = Path(FilePath().parse(given, "--config")) if len(given) < 4096 and "\n" not in given else None
     is_path = path is not None and path.exists()
-    if (path is not None and path.suffix == ".py" and " " not in given.strip()) or (not is_path and "--" in given):
+    script, _, rest = given.strip().partition(" ")
+    is_command = not is_path and ("--" in given or (script.endswith(".py") and bool(rest)))
+    if (path is not None and path.suffix == ".py" and not rest) or is_command:
         found = read_nanogpt(given, near=near)
         return Source(found.shape, found.step, nanogpt=found)
     if path is None:

@@ -46,7 +46,19 @@ WIDTHS = {
 }
 """Bytes of one element, by torch's name of the dtype."""
 
-MOST_NAMES = 2
+MADE_BY = {
+    "exp_avg_sq": ("exp_avg_sq",),
+    "exp_avg": ("exp_avg",),
+    "lm_head": ("logits", "head.weight copy"),
+    "cross_entropy": ("log-prob",),
+    "c_fc": ("mlp.fc",),
+    "gelu": ("gelu",),
+    "c_attn": ("qkv",),
+    "c_proj": (".proj",),
+}
+"""What a traceback's last telling name makes, by words of the table's names; equal sizes are told apart by it."""
+
+MOST_NAMES = 3
 """Tensors of one size that are named together; of more it is said only that they are many."""
 
 NEAR = 0.05
@@ -118,7 +130,11 @@ def find_culprit(found: OomText, full: Estimate) -> Lookup:
     if not inside:
         phases = ", ".join(sorted({c.change.phase for c in candidates}))
         return Lookup(None, f"tensors of that size are made in another phase ({phases}) than the traceback shows")
-    return _chosen(_narrowed(inside, found), full, found)
+    if found.moment == "optimizer":  # its first step makes the states, and nothing else
+        inside = [c for c in inside if c.change.row.category == "optimizer"]
+        if not inside:
+            return Lookup(None, "the optimizer's states have no tensor of that size")
+    return _chosen(_narrowed(_made_by(found.operation, inside), found), full, found)
 
 
 def _exact_bytes(found: OomText) -> int | None:
@@ -153,6 +169,17 @@ def _half_a_digit(n_bytes: int) -> float:
     """Half of the last of two decimals in the unit that torch prints a size in."""
     unit = GIB if n_bytes > GIB else MIB if n_bytes > MIB else KIB
     return 0.005 * unit + 1
+
+
+def _made_by(operation: str | None, candidates: list[_Candidate]) -> list[_Candidate]:
+    """Of several, those that the traceback's last telling line makes; all of them where it makes none."""
+    words = MADE_BY.get(operation or "", ())
+    own = [c for c in candidates if any(_makes(word, c.change.row.name) for word in words)]
+    return own or candidates
+
+
+def _makes(word: str, name: str) -> bool:
+    return name.endswith(word) if word.startswith("exp_avg") else word in name
 
 
 def _narrowed(candidates: list[_Candidate], found: OomText) -> list[_Candidate]:

@@ -96,9 +96,10 @@ def last_places(needle: str, lower: str) -> list[int]:
 
 def line_at(text: str, start: int, end: int) -> tuple[int, int]:
     """The line (or lines) of text[start:end], as far as they are read."""
-    first = max(text.rfind("\n", 0, start) + 1, start - LONGEST_LINE)
-    last = text.find("\n", end)
-    return first, min(len(text) if last < 0 else last, end + LONGEST_LINE)
+    bottom, top = max(0, start - LONGEST_LINE), min(len(text), end + LONGEST_LINE)
+    first = max(text.rfind("\n", bottom, start) + 1, bottom)
+    last = text.find("\n", end, top)
+    return first, top if last < 0 else last
 
 
 def _with_figures(text: str, lower: str) -> Iterator[Event]:

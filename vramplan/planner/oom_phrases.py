@@ -19,6 +19,9 @@ _TRITON = re.compile(r"(?i)out of resource|no valid triton configs")
 _NOT_RAM = re.compile(r"ibv_|/dev/shm|memlock|low memory condition")
 """What was refused was locked or shared memory, or nothing yet."""
 
+NEAR = 1000
+"""Characters of an endless line on either side of a phrase in which another framework's name counts."""
+
 Reader = Callable[[str, int, int, "re.Match[str]"], Event | None]
 
 
@@ -31,10 +34,11 @@ def _bare(kind: Kind, says: str, *, limited: bool = False, final: bool = False) 
             return None
         if taught(text, first, last):
             return None
-        around = text[max(0, first - 300) : last + 300]
+        near = text[max(first, at.start() - NEAR) : min(last, at.end() + NEAR)]
+        around = text[max(0, first - 300, at.start() - NEAR) : min(last + 300, at.end() + NEAR)]
         if kind != "host_oom" and framework_of(around) is not None:
             return None
-        if framework_of(line) is not None or _TRITON.search(line) or (kind == "host_oom" and _NOT_RAM.search(line)):
+        if framework_of(near) is not None or _TRITON.search(near) or (kind == "host_oom" and _NOT_RAM.search(near)):
             return None
         own = kind
         if kind == "cuda_oom" and re.search(r"\bhip|rocm|rocblas|miopen", line, re.IGNORECASE):

@@ -46,7 +46,8 @@ class OomText:
     """What a text says about a failure. Sizes in bytes, None where it does not say.
 
     ``sentence`` says what it is, ``reason`` why that cause; ``line`` is the telling line; ``buffer`` the name of a
-    compiled graph's buffer; ``moment`` the phase that the traceback shows; ``notes`` are sentences about the text.
+    compiled graph's buffer; ``moment`` the phase that the traceback shows, ``operation`` its last telling
+    name; ``notes`` are sentences about the text.
     """
 
     kind: TextKind
@@ -60,6 +61,7 @@ class OomText:
     dtype: str | None = None
     buffer: str | None = None
     moment: Moment | None = None
+    operation: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -125,7 +127,7 @@ def _cleaned(text: str) -> str:
 
 
 def _decisive(text: str, events: Sequence[Event]) -> Event:
-    """The last failure; of what is said of it, what has most figures."""
+    """The last failure; of what is said of it, what has most figures: a summary's echo may be cut off."""
     last = events[-1]
     family = [last]
     for event in reversed(events[:-1]):
@@ -137,7 +139,9 @@ def _decisive(text: str, events: Sequence[Event]) -> Event:
         return next((event for event in family if event.limited), last)
     newest = told[0]
     if newest.weight == "figures" and not newest.warning:
-        return newest
+        asked = newest.figures.requested_bytes
+        echoes = [e for e in told if e.kind == newest.kind and asked is not None and e.figures.requested_bytes == asked]
+        return max(echoes, key=lambda e: e.figures.said) if echoes else newest
     same = [e for e in told if (e.kind == "host_oom") == (newest.kind == "host_oom") and e.weight == "figures"]
     return next((e for e in same if not e.warning), same[0] if same else newest)
 
@@ -194,7 +198,7 @@ def _memory(text: str, event: Event, after: Other | None, went_on: bool) -> OomT
         line=_short(event.line), figures=figures, processes=figures.processes,
         shape=event.shape if event.shape is not None else trace.shape if card else None,
         dtype=event.dtype if event.dtype is not None else trace.dtype if card else None,
-        buffer=trace.buffer if card else None, moment=trace.moment, notes=tuple(notes),
+        buffer=trace.buffer if card else None, moment=trace.moment, operation=trace.operation, notes=tuple(notes),
     )  # fmt: skip
 
 

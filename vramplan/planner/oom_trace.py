@@ -38,17 +38,22 @@ _BUFFER = re.compile(
     r"(?:(\w{1,40})\s*=\s*)?empty_strided(?:_(?:cuda|cpu|hip|xpu))?\(\s*\(([\d,\s]{0,120})\)\s*,\s*\([\d,\s]{0,160}\)\s*,"
     r"([^\n]{0,120})"
 )
+OPERATIONS = ("exp_avg_sq", "exp_avg", "lm_head", "cross_entropy", "c_fc", "gelu", "c_attn", "c_proj")
+"""Names in nanoGPT-like code and in torch's optimizers that tell which tensor a line makes."""
+_OPERATION = re.compile(r"(?<![A-Za-z])(?:" + "|".join(OPERATIONS) + r")(?![a-z]|_\w)")
 _DTYPE = re.compile(r"torch\.(\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The phase a traceback shows, and the buffer its last line of generated code was making (None: neither)."""
+    """The phase a traceback shows, the buffer its last line of generated code was making, and the last of the telling
+    names of OPERATIONS in it (None: not shown)."""
 
     moment: Moment | None = None
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     buffer: str | None = None
+    operation: str | None = None
 
 
 def trace_before(text: str, at: int) -> Trace:
@@ -62,7 +67,8 @@ def trace_before(text: str, at: int) -> Trace:
         shape = tuple(int(n) for n in re.findall(r"\d{1,15}", found[2]))
         named = _DTYPE.search(found[3])
         dtype, buffer = named[1] if named else None, found[1]
-    return Trace(_moment(block), shape, dtype, buffer)
+    operations = _OPERATION.findall(block)
+    return Trace(_moment(block), shape, dtype, buffer, operations[-1] if operations else None)
 
 
 def _moment(block: str) -> Moment | None:
