@@ -165,6 +165,8 @@ _BATCH = "the batch system killed it at its memory limit"
 _PHRASES: tuple[tuple[str, str, Reader], ...] = (
     ("tried to allocate", r"you\s+tried\s+to\s+allocate\s+(?:\d+\s*(?:bytes|gb|mb)|\d{6})",
      _sized("torch's allocator of host memory was refused")),
+    ("defaultcpuallocator", r"defaultcpuallocator: (?:not enough memory|can't allocate memory)",
+     _bare("host_oom", "torch's allocator of host memory was refused", final=True)),
     ("unable to allocate", r"unable\s+to\s+allocate\b[^(]{0,60}array\s+with\s+(?:shape|form)", _array),
     ("memory allocation of", r"memory allocation of \d+ bytes failed", _sized(_REFUSED)),
     ("alloc of size", r"alloc of size \d+ failed", _sized(_REFUSED)),
