@@ -128,6 +128,14 @@ def test_the_last_telling_line_of_the_traceback_tells_equal_tensors_apart(line: 
     assert lookup.culprit.name == name
 
 
+def test_an_optimizers_step_makes_its_states_and_no_gradient() -> None:
+    words = f"CUDA out of memory. Tried to allocate {driver_request(50304 * 576 * 4) / MIB:.2f} MiB."
+    crash = f"Traceback (most recent call last):\n    scaler.step(optimizer)\ntorch.OutOfMemoryError: {words}"
+    lookup = find_culprit(read_oom(crash), estimate(SHAPE, STEP))
+    assert lookup.culprit is not None, lookup.reason
+    assert lookup.culprit.name == "wte exp_avg or wte exp_avg_sq"
+
+
 def test_a_size_that_no_tensor_has_names_none() -> None:
     lookup = find_culprit(read_oom(text(line="pass", rest=figures("3.33 GiB"))), estimate(SHAPE, STEP))
     assert lookup.culprit is None

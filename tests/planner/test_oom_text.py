@@ -730,6 +730,10 @@ def test_a_small_request_beside_a_little_idle_memory_is_not_fragmentation() -> N
     assert fields(words.replace("22.35", "20.51").replace("371.40 MiB", "2.50 GiB"))["cause"] == "fragmentation"
 
 
+def test_a_large_request_that_as_much_idle_memory_could_hold_is_fragmentation() -> None:
+    assert fields(NEW.replace("22.35", "21.85").replace("371.40", "771.40"))["cause"] == "fragmentation"
+
+
 def test_the_oldest_torch_asked_for_a_segment_more_than_it_printed() -> None:
     words = (
         "CUDA out of memory. Tried to allocate 4.00 MiB (GPU 0; 7.93 GiB total capacity; 7.20 GiB already allocated; "
