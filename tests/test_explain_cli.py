@@ -191,6 +191,14 @@ def test_an_empty_text_is_refused() -> None:
     assert run("-", text=" \n").exit_code == 2
 
 
+def test_the_text_itself_is_never_written_over(crash: Path) -> None:
+    before = crash.read_bytes()
+    result = run(crash, "--config", NOTE, "--vram", "8.9GB", "-o", crash)
+    assert result.exit_code == 2
+    assert "is what it is made from" in result.output
+    assert crash.read_bytes() == before
+
+
 def test_nothing_is_written_where_there_is_no_repair(crash: Path, tmp_path: Path) -> None:
     out = tmp_path / "fixed.toml"
     result = run(crash, "--config", NOTE, "--vram", "0.6GiB", "-o", out)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import rich_click as click
 
 from ..errors import ConfigError, Problem
+from ..files import check_not_over, write_text
 from ..planner.explain import Available, Explanation, Remedy
 from ..planner.explain import explain as explained
 from ..planner.gpu import Gpu
@@ -69,6 +70,9 @@ def explain(
     elif out is not None:
         rule = "has nothing to be written without a configuration"
         collect.problems.append(Problem("--out", str(out), rule, "add --config"))
+    if out is not None:
+        with collect:
+            check_not_over(out, "--out", [text])
     if gpu is not None or vram is not None:
         with collect:
             target = resolve_target(gpu, vram, reserve, headless)
@@ -205,7 +209,6 @@ def _decoded(data: bytes) -> str:
 
 def _write(out: Path, result: Explanation, source: Source | None, notes: list[str]) -> str | None:
     """Write the repaired configuration, in the form that the failed one had; what was done, in words."""
-    from ..files import write_text
     from ..report.explanation import nanogpt_file
 
     repair = result.repair
