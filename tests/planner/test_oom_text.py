@@ -824,3 +824,32 @@ def test_long_logs_and_endless_lines_take_no_time(filling: str) -> None:
     found: OomText = read_oom(f"{log}\n{NEW}\n")
     assert time.process_time() - began < 5
     assert found.figures.requested_bytes == 640 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("OSError: The paging file is too small for this operation to complete. (os error 1455)", "exhausted"),
+        ("May  3 04:05:06 box kernel: [ 77.1] Out of memory: Killed process 51 (python) total-vm:900kB", "exhausted"),
+        (
+            "May 13 14:15:16 box kernel: Killed process 61 (python3), UID 1000, total-vm:900kB, anon-rss:80kB",
+            "exhausted",
+        ),
+        ("[ 12.9] oom_reaper: reaped process 71 (python), now anon-rss:0kB", "exhausted"),
+        ("RuntimeError: mkl_malloc: failed to allocate memory", "exhausted"),
+    ],
+)
+def test_hosts_say_it_in_many_ways(text: str, cause: str) -> None:
+    assert (read_oom(text).kind, read_oom(text).cause) == ("host_oom", cause)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '+    if state.reason == "OOMKilled":\n+        retry()',
+        "RuntimeError: CUDA out of memory. Tried to allocate 3.00 GiB\n\nWhy it happens\nThe batch is too large.",
+        "RuntimeError: CUDA out of memory. Tried to allocate 3.00 GiB\nReason for error: the batch is too large.",
+    ],
+)
+def test_a_catalogue_of_errors_and_a_comparison_are_no_crash(text: str) -> None:
+    assert read_oom(text).kind == "not_memory"

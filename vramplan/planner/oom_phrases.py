@@ -91,10 +91,15 @@ def _sized(says: str, kind: Kind = "host_oom") -> Reader:
     return read
 
 
+_SYSLOG = re.compile(r"^\s*[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \S{1,80} kernel:")
+"""What the system's log puts before a line of the kernel's; "May" is a month there."""
+
+
 def _kernel(text: str, first: int, last: int, at: re.Match[str]) -> Event | None:
     """Reads the kernel's out-of-memory killer."""
     line = text[first:last]
-    if TALK.search(without_prefix(line[: at.start() - first])) or CODE.match(line):
+    before = _SYSLOG.sub("", line[: at.start() - first])
+    if TALK.search(without_prefix(before)) or CODE.match(line):
         return None
     limited = "cgroup" in at[0] or "memcg" in at[0]
     says = "the kernel killed a process of a group at its memory limit" if limited else (
@@ -160,6 +165,7 @@ _PYTHON = "Python could not allocate host memory"
 _SYSTEM = "the system refused host memory"
 _REFUSED = "a library's allocation of host memory was refused"
 _VM = "a notebook's machine had no more memory"
+_CONTAINER = "a container was killed at its memory limit"
 _BATCH = "the batch system killed it at its memory limit"
 
 _PHRASES: tuple[tuple[str, str, Reader], ...] = (
@@ -179,6 +185,8 @@ _PHRASES: tuple[tuple[str, str, Reader], ...] = (
     ("out of memory: kill", r"(?:memory cgroup )?out of memory: kill", _kernel),
     ("oom-kill:constraint", r"oom-kill:constraint=constraint_\w+", _kernel),
     ("invoked oom-killer", "", _kernel),
+    ("total-vm:", r"killed process \d+ \([^)\n]{1,80}\),? (?:uid \d+, )?total-vm:", _kernel),
+    ("oom_reaper", r"oom_reaper: reaped process", _kernel),
     ("out of", r"(?:cuda|hip)\s+(?:(?:runtime|driver)\s+)?(?:error|failure|failed\s+with\s+error)[\s:(]{0,4}\d*"
      r"[)\s:']{0,5}out\s+of\s+memory", _bare("cuda_oom", _CUDA)),
     ("out of memory", r"(?:cuda|hip) error \([^)\n]{1,80}\): out of memory|cudamalloc failed: out of memory",
@@ -203,15 +211,17 @@ _PHRASES: tuple[tuple[str, str, Reader], ...] = (
      _bare("cuda_oom", _CARD)),
     ("aoti_torch_empty_strided", r"aoti_torch_empty_strided.{0,300}?(?:failed|error)", _wrapper),
     ("bad_alloc", r"std::bad_alloc", _bare("host_oom", _CPP)),
+    ("mkl_malloc", r"mkl_malloc: failed to allocate memory", _bare("host_oom", _CPP, final=True)),
     ("bad allocation", r"runtimeerror: bad allocation", _bare("host_oom", _CPP)),
     ("memoryerror", r"(?m)[\w.]{0,60}memoryerror(?=[ \t]*:|[ \t]*$)", _bare("host_oom", _PYTHON)),
     ("allocate memory", r"(?:can ?not|can't) allocate memory(?! in static)", _bare("host_oom", _SYSTEM, final=True)),
     ("os error 12", r"os error 12\b", _bare("host_oom", _SYSTEM, final=True)),
+    ("paging file", r"paging file is too small(?: for this operation to complete)?(?:\W{0,3}\(os error 1455\))?",
+     _bare("host_oom", _WINDOWS, final=True)),
     ("1455", r"(?:os error |winerror |error code: <)1455", _bare("host_oom", _WINDOWS, final=True)),
-    ("paging file is too small", "", _bare("host_oom", _WINDOWS, final=True)),
     ("not enough memory resources", "", _bare("host_oom", _WINDOWS, final=True)),
     ("killed signal", r"killed signal terminated program", _killed("a compiler was killed")),
-    ("oomkilled", r"oomkilled(?!\W{0,4}false)", _killed("a container was killed at its memory limit", limited=True)),
+    ("oomkilled", r"(?<!== ['\"])oomkilled(?!\W{0,4}false)", _killed(_CONTAINER, limited=True)),
     ("oom", r"oom[-_]kill event|oom killed", _killed(_BATCH, limited=True)),
     ("out of memory", r"task \d+: out of memory", _killed(_BATCH, limited=True)),
     ("out-of-memory handler", r"(?:some of your processes may have been )?killed by the cgroup out-of-memory handler",

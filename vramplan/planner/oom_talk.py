@@ -72,9 +72,19 @@ _EXPLAINS = re.compile(
     r"(?i)(?:this |it )?(?:error )?(?:usually|typically|generally) (?:means|indicates|happens|occurs)"
     r"|(?:this|it|which) (?:error )?(?:means|indicates)\b|(?:exception )?(?:is )?(?:raised|thrown) (?:when|if)\b"
 )
-_ADVISES = re.compile(r"(?i)(?:reduce|lower|decrease|use|set|increase|enable|disable|restart|try|solution|cause)\b")
+_ARTICLE = re.compile(
+    r"(?im)^[\W\d]{0,6}(?:why (?:it|this) happens|causes? (?:&|and) (?:fix(?:es)?|solutions?)|how to fix(?: it| this)?"
+    r"|(?:the )?meaning of this error(?: message)?(?: is)?|reasons? for (?:the |this )?error|don't try)\b[^\n]{0,6}$"
+    r"|^[\W\d]{0,6}reasons? for (?:the |this )?error:"
+)
+"""Headings of an article about an error, on lines of their own below it."""
+_ADVISES = re.compile(
+    r"(?i)(?:reduce|lower|decrease|use|set|increase|enable|disable|restart|try|solution|cause|don't)\b"
+)
 _UNDERLINE = re.compile(r"[=~^]{3,}\s*$")
 
+ARTICLE = 700
+"""Characters below an error in which an article has its next heading."""
 NEAR_LINES, NEAR = 30, 3000
 """Lines, and characters, around a place that are read to tell what kind of text it stands in."""
 
@@ -121,6 +131,8 @@ def taught(text: str, first: int, last: int) -> bool:
     gap = "\n\n" in text[last : last + 8]
     title = following.split("\n", 1)[0]
     if _DEFINES.match(line) or _EXPLAINS.match(following.lstrip()) or (gap and _ADVISES.match(following)):
+        return True
+    if _ARTICLE.search(text, last, last + ARTICLE):
         return True
     if _UNDERLINE.match(title) and len(title.strip()) <= len(line.strip()) + 2:
         return True
