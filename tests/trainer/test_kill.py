@@ -75,8 +75,10 @@ def main(folder: Path, shards: Path, seed: int) -> None:
 
 def wait_for_the_moment(child: int, run_dir: Path, *, saving: bool, draw: random.Random) -> None:
     """Until a checkpoint is half written, or for a random while after the first line."""
-    deadline, lines = time.monotonic() + 20, size(run_dir / "metrics.jsonl")
-    while time.monotonic() < deadline and size(run_dir / "metrics.jsonl") == lines:
+    metrics, told = run_dir / "metrics.jsonl", run_dir.parent / "resumed"
+    deadline, lines, resumed = time.monotonic() + 20, size(metrics), size(told)
+    # a resumed session first drops lines, which changes the file too: it has begun when it has said so
+    while time.monotonic() < deadline and (size(metrics) == lines or (lines and size(told) == resumed)):
         time.sleep(0.001)
     if not saving:
         time.sleep(draw.uniform(0, 0.08))
