@@ -17,10 +17,10 @@ from vramplan.cli import main
 from vramplan.planner.card_memory import card_memory
 from vramplan.planner.evidence import Evidence, Residual
 from vramplan.planner.gpu import budget, find_gpu
-from vramplan.planner.memory import estimate
+from vramplan.planner.memory import STEP_PARTS, estimate
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
-from vramplan.planner.timeline import GROUPS, WIDTHS, step_timeline
+from vramplan.planner.timeline import GROUPS, WIDTHS, WITHIN, step_timeline
 from vramplan.planner.ways import ways
 from vramplan.report.charts import timeline_chart
 from vramplan.report.html import render_report
@@ -189,6 +189,23 @@ def test_the_timeline_reaches_the_peak_and_keeps_the_order_of_phases() -> None:
     names = [name for name, _ in GROUPS]
     weights = found[0].moments[0][names.index("weights")]
     assert weights == 4 * SHAPE.parameters
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_phase_of_a_step_is_drawn_once_and_belongs_to_one_part(checkpointing: Any, compiled: bool) -> None:
+    full = estimate(SHAPE, replace(STEP, checkpointing=checkpointing, compile=compiled), CARD)
+    phases = set(full.phase_peaks) - {"persistent", "evaluation", "checkpoint save"}
+    assert ("block recompute" in phases) is (checkpointing == "block")
+    parts = [phase for part in STEP_PARTS.values() for phase in part]
+    assert len(set(parts)) == len(parts)
+    assert phases <= set(parts)
+    tops = {stretch.phase: sum(stretch.top) for stretch in step_timeline(full)}
+    assert {WITHIN.get(phase, phase) for phase in phases} == set(tops) == set(WIDTHS)
+    for drawn, top in tops.items():
+        # a phase's own peak counts the moment before its first event as well
+        assert top <= max(full.phase_peaks[phase] for phase in phases if WITHIN.get(phase, phase) == drawn)
+    assert max(tops.values()) == full.peak_table_bytes
 
 
 def test_what_is_allocated_beside_the_drawn_tensors_is_said(made: RiskReport) -> None:

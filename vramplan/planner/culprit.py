@@ -14,7 +14,7 @@ from math import prod
 from ..units import GIB, KIB, MIB
 from .allocator import MIN_BLOCK, SMALL_SEGMENT
 from .allocator_settings import LARGE_SEGMENT
-from .memory import Estimate, TensorBytes, alive_after
+from .memory import STEP_PARTS, Estimate, TensorBytes, alive_after
 from .oom_cause import driver_request
 from .oom_text import OomText
 from .oom_trace import Moment
@@ -23,11 +23,11 @@ from .step import StepConfig
 from .tape import Change
 
 PHASES: dict[Moment, tuple[str, ...]] = {
-    "forward": ("forward", "loss forward"),
+    "forward": STEP_PARTS["forward"],
     "loss": ("loss forward",),
-    "backward": ("loss backward", "block backward", "block recompute", "embedding backward"),
-    "optimizer": ("optimizer step", "persistent"),
-    "evaluation": ("evaluation", "forward", "loss forward"),
+    "backward": STEP_PARTS["backward"],
+    "optimizer": (*STEP_PARTS["optimizer step"], "persistent"),
+    "evaluation": ("evaluation", *STEP_PARTS["forward"]),
     "sampling": (),
     "loading": ("persistent",),
 }

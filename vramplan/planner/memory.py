@@ -28,6 +28,13 @@ DEFAULT_CAPABILITY = (8, 9)
 CPU_PROCESS_BYTES = 300 * MIB
 """Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
 
+STEP_PARTS: dict[str, tuple[str, ...]] = {
+    "forward": ("forward", "loss forward"),
+    "backward": ("loss backward", "block recompute", "block backward", "embedding backward"),
+    "optimizer step": ("optimizer step",),
+}
+"""The parts of an optimizer step that a run or a traceback can tell apart, and the table's phases in each, in order."""
+
 DEFAULT_SMS = 46
 """As many as an RTX 4070 has."""
 

@@ -24,8 +24,11 @@ WIDTHS = {
     "forward": 6, "loss forward": 4, "loss backward": 4, "block backward": 6, "embedding backward": 3,
     "optimizer step": 3,
 }  # fmt: skip
-"""Phases of a step in their order, and the width of each in a picture. Widths are neither times nor numbers of
-allocations: all phases must be seen."""
+"""What is drawn of a step, in its order, and the width of each in a picture. Widths are neither times nor numbers of
+allocations: all must be seen."""
+
+WITHIN = {"block recompute": "block backward"}
+"""Phases that alternate with another, layer by layer, and are drawn with it."""
 
 MOMENTS = 4
 """Shown for each unit of width."""
@@ -59,8 +62,9 @@ def step_timeline(full: Estimate, moments: int = MOMENTS) -> tuple[Stretch, ...]
     for alloc, row, _, phase, _ in full.changes:
         size = int(row.size)
         live[_GROUP_OF[row.category]] += size if alloc else -size
-        if phase in seen:
-            seen[phase].append(tuple(live))
+        drawn = WITHIN.get(phase, phase)
+        if drawn in seen:
+            seen[drawn].append(tuple(live))
     return tuple(
         Stretch(phase, WIDTHS[phase], _thinned(found, moments * WIDTHS[phase]))
         for phase, found in seen.items()

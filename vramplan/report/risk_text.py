@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..planner.card_memory import Part
+from ..planner.memory import STEP_PARTS
 from ..planner.step import StepConfig
 from ..planner.timeline import GROUPS, Moment
 from ..planner.ways import Way
@@ -215,23 +216,13 @@ def measured_lines(report: RiskReport) -> list[str]:
     return lines
 
 
-EXPECTED_PHASES = {
-    "forward": ("forward", "loss forward"),
-    "backward": ("loss backward", "block backward", "embedding backward"),
-    "optimizer step": ("optimizer step",),
-    "evaluation": ("evaluation",),
-    "checkpoint save": ("checkpoint save",),
-}
-"""What a run can tell apart, and the phases of the tensor table in it."""
-
-
 def measured_phases(report: RiskReport) -> list[tuple[str, int, int | None]]:
     """Each phase a run measured: its most allocated bytes, and those expected of it (None where nothing was)."""
     peaks: dict[str, int] = report.measured.get("phase_peaks") or {}
     expected = report.estimate.phase_peaks
     found = []
     for phase, size in peaks.items():
-        parts = [p for p in EXPECTED_PHASES.get(phase, ()) if p in expected]
+        parts = [p for p in STEP_PARTS.get(phase, (phase,)) if p in expected]
         most = max((expected[p] for p in parts), default=None)
         if report.estimate.peak_phase in parts:  # with what is allocated there beside the tensors
             most = report.estimate.peak_allocated_bytes
