@@ -62,7 +62,7 @@ def test_its_figures_are_those_of_the_command_it_offers(page: Page, query: dict[
     query = {**query, "gpu": next(name for name in page.cards if name.startswith(query.get("gpu", "RTX 4070")))}
     found = page.view(query)
     assert "problem" not in found
-    answer = estimate(shlex.split(found["commands"]["estimate"])[1:])
+    answer = estimate(shlex.split(found["command"])[1:])
     for name, value in found["values"].items():
         assert value == answer[name], name
     assert f'data-exact="{answer["process_bytes"]}"' in found["verdict"]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..trainer.watch import NORMAL
 from .run_record import Curve, finite
 
 if TYPE_CHECKING:
@@ -212,4 +213,4 @@ def curve_noise(points: Sequence[tuple[int, float]]) -> float:
         distances.append(abs(loss - expected) / math.sqrt(1 + share**2 + (1 - share) ** 2))
     if not distances:
         return math.inf
-    return max(1.4826 * sorted(distances)[len(distances) // 2], rounding([loss for _, loss in points]) / math.sqrt(12))
+    return max(NORMAL * sorted(distances)[len(distances) // 2], rounding([loss for _, loss in points]) / math.sqrt(12))

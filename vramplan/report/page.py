@@ -18,7 +18,7 @@ from ..errors import ConfigError, Problem, command
 from ..planner.candidates import settle_shapes
 from ..planner.gpu import Gpu
 from ..planner.plan import PlanSet
-from ..planner.search import check_tokens_per_step
+from ..planner.search import LOSS_CHUNKS, check_tokens_per_step
 from ..planner.shape import SHAPE_CHOICES, Shape, divisors
 from ..planner.step import CHOICES, StepConfig, check, tokens_per_step
 from ..runconfig import RunConfig, suggested_training
@@ -41,7 +41,7 @@ TOLERANCE = 0.10
 
 TOKENS_PER_STEP = (32768, 65536, 131072, 262144, 524288, 1048576)
 BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
-LOSSES = ("full", "chunked 512", "chunked 1024", "chunked 2048", "chunked 4096")
+LOSSES = ("full", *(f"chunked {tokens}" for tokens in LOSS_CHUNKS))
 SELECTS: dict[str, tuple[str, ...]] = {
     "tokens_per_step": tuple(map(str, TOKENS_PER_STEP)), "block_size": tuple(map(str, BLOCK_SIZES)),
     "dtype": CHOICES["dtype"], "compile": ("on", "off"), "loss": LOSSES, "checkpointing": CHOICES["checkpointing"],
@@ -156,14 +156,14 @@ class Page:
             "levers": part.levers(report),
             "card": part.card(report, context["shares"]),
             "values": _values(report),
-            "commands": self.commands(wanted),
+            "command": self.command(wanted),
         }
 
     def more(self, query: Query) -> dict[str, Any]:
         """What takes longer: the smallest repair, risk, exact levers with largest batches, and the Pareto front."""
         wanted = self.wanted(query)
         if check(wanted.shape, wanted.step):
-            return {"more": ""}
+            return {}
         report = build_report(
             "", wanted.shape, wanted.step, wanted.offer.gpu, wanted.budget_bytes, self.max_risk,
             total_bytes=wanted.offer.gpu.usable_bytes,
@@ -195,17 +195,14 @@ class Page:
             "free_most": round(wanted.offer.gpu.usable_bytes / GIB, 2),
         }  # fmt: skip
 
-    def commands(self, wanted: Wanted) -> dict[str, str]:
-        """What to type for the same figures, and to search for the best way to run the same model."""
+    def command(self, wanted: Wanted) -> str:
+        """What to type for the same figures."""
         step = wanted.step
         how: list[object] = ["--batch-size", step.batch_size, "--grad-accum", step.grad_accum, "--dtype", step.dtype]
         how += ["--compile" if step.compile else "--no-compile", "--loss", step.loss]
         how += ["--loss-chunk-tokens", step.loss_chunk_tokens] if step.loss == "chunked" else []
         how += ["--checkpointing", step.checkpointing, "--optimizer", step.optimizer]
-        return {
-            "estimate": command("vramplan", "estimate", *self._model_words(wanted), *how),
-            "plan": command("vramplan", "plan", *self.plan_words(wanted)),
-        }
+        return command("vramplan", "estimate", *self._model_words(wanted), *how)
 
     def plan_words(self, wanted: Wanted) -> list[str]:
         """Options of ``plan`` for this card, memory, model and tokens per step."""

@@ -47,9 +47,8 @@ function place(state) {
 function show(state) {
   part("problem").textContent = state.problem || "";
   for (const name of ["verdict", "timeline", "levers", "card"]) fill(`${name}-part`, state[name]);
-  part("command").textContent = state.commands ? state.commands.estimate : "";
-  part("tools").hidden = !state.commands; // nothing to copy or to download while it is impossible
-  document.body.dataset.values = JSON.stringify(state.values || null);
+  part("command").textContent = state.command || "";
+  part("tools").hidden = !state.command; // nothing to copy or to download while it is impossible
 }
 
 function fill(id, html) {
