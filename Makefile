@@ -16,7 +16,7 @@ help:  ## show this list
 venv: $(STAMP)  ## set up the environment only
 
 # torch goes first and alone: its version decides which of several large builds is fetched
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt vramplan/planner/_replay.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

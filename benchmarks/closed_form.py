@@ -2,7 +2,8 @@
 
     python benchmarks/closed_form.py
 
-Must stay under 1 s. Prints one line for each kind, and the time of one full estimate with its replay.
+Must stay under 1 s. Prints one line for each kind, and the time of one full estimate with its replay: as installed, and
+with the replay in Python, as it is where there was no C compiler.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vramplan.planner import first_steps
 from vramplan.planner.memory import estimate, peak_allocated
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
@@ -27,6 +29,13 @@ KINDS = {
     "eager, float32, checkpointing": StepConfig(dtype="float32", checkpointing="block"),
     "compiled, full loss": StepConfig(loss="full", compile=True),
     "nanoGPT": StepConfig(loss="full", workload="nanogpt"),
+}
+
+ESTIMATES = {
+    "eager": StepConfig(batch_size=8, grad_accum=8),
+    "compiled": StepConfig(batch_size=8, grad_accum=8, compile=True),
+    "nanoGPT": StepConfig(batch_size=8, grad_accum=8, loss="full", workload="nanogpt"),
+    "nanoGPT, compiled": StepConfig(batch_size=8, grad_accum=8, loss="full", workload="nanogpt", compile=True),
 }
 
 
@@ -44,14 +53,17 @@ def million(step: StepConfig) -> float:
     return time.perf_counter() - start
 
 
-def median(run: Callable[[], object], times: int = 15) -> float:
-    """Median seconds of a call."""
-    seconds = []
+def paired(run: Callable[[], object], times: int = 15) -> tuple[float, float]:
+    """Median milliseconds of a call as installed, and without the compiled replay, by turns."""
+    compiled, took = first_steps._replay, ([], [])  # type: tuple[Any, tuple[list[float], list[float]]]
     for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for replay, seconds in zip((compiled, None), took, strict=True):
+            first_steps._replay = replay
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    first_steps._replay = compiled
+    return 1e3 * statistics.median(took[0]), 1e3 * statistics.median(took[1])
 
 
 def main() -> None:
@@ -59,9 +71,9 @@ def main() -> None:
         print(f"{name:36} {million(step):.2f} s for a million")
     for layers, width, heads in ((12, 768, 12), (24, 1024, 16), (48, 1600, 25)):
         shape = Shape(n_layer=layers, n_head=heads, n_embd=width)
-        for step in (StepConfig(batch_size=8, grad_accum=8), StepConfig(batch_size=8, grad_accum=8, compile=True)):
-            took = median(lambda shape=shape, step=step: estimate(shape, step))  # type: ignore[misc]
-            print(f"one estimate, {shape.label:14} {'compiled' if step.compile else 'eager':8} {1e3 * took:6.1f} ms")
+        for name, step in ESTIMATES.items():
+            usual, slowly = paired(lambda shape=shape, step=step: estimate(shape, step))  # type: ignore[misc]
+            print(f"one estimate, {shape.label:14} {name:20} {usual:6.1f} ms, replayed in Python {slowly:6.1f} ms")
 
 
 if __name__ == "__main__":

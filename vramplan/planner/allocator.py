@@ -373,7 +373,7 @@ def _potential(block: Block) -> int:
 
 def program_of(changes: Iterable[Change]) -> Program:
     """The allocations and releases of unrolled rows; empty tensors are left out."""
-    return [(int(row.size) if alloc else 0, block) for alloc, row, block, _, _ in changes if row.size > 0]
+    return [(row.size if alloc else 0, block) for alloc, row, block, _, _ in changes if row.size > 0]
 
 
 def replay(changes: Iterable[Change], settings: AllocatorSettings | None = None) -> CachingAllocator:

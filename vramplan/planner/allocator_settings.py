@@ -30,6 +30,12 @@ class AllocatorSettings:
     large_segment_bytes: int = LARGE_SEGMENT
     cap_bytes: int = UNLIMITED
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is set but a cap and the size of large segments."""
+        plain = AllocatorSettings(cap_bytes=self.cap_bytes, large_segment_bytes=self.large_segment_bytes)
+        return self == plain
+
     @classmethod
     def parse(cls, text: str, cap_bytes: int = UNLIMITED) -> AllocatorSettings:
         """Read ``expandable_segments:True,max_split_size_mb:128``. Raises ConfigError for what is not modelled."""

@@ -9,95 +9,159 @@ grow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
 
-from .allocator import SMALL_LIMIT, Block, CachingAllocator, Program, program_of
+import numpy as np
+from numpy.typing import NDArray
+
+from .allocator import Block, CachingAllocator
 from .allocator_settings import AllocatorSettings
 from .step import StepConfig
 from .tape import Change
 
-TUNING = -1
-"""Stands for the tuner's buffer among the blocks of a program."""
+try:
+    from . import _replay
+except ImportError:  # it was installed without a compiler
+    _replay = None  # type: ignore[assignment]
 
 MOST_STEPS = 5
 """By then the configurations that were tried had stopped growing."""
 
+Entries = NDArray[np.int64]
+"""A program as an array, [entries, 2]: bytes and block of an allocation, 0 and block of a release."""
+
+BYTES, BLOCK = 0, 1
+
+
+class Peaks(NamedTuple):
+    """What the first steps allocated and reserved at most, and what was still allocated after them, in bytes."""
+
+    allocated_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+class Run(NamedTuple):
+    """The programs of a run's beginning, in order; from number ``settled`` on, one that reserves nothing new ends it.
+
+    Blocks are numbered from 0 to ``n_blocks`` - 1.
+    """
+
+    programs: list[Entries]
+    settled: int
+    n_blocks: int
+
 
 def replay_first_steps(
     changes: Sequence[Change], step: StepConfig, settings: AllocatorSettings | None = None, first_step_bytes: int = 0
-) -> CachingAllocator:
-    """Play weights, evaluation and the first optimizer steps; read the peaks off the result. Raises CapExceededError.
+) -> Peaks:
+    """Play weights, evaluation and the first optimizer steps. Raises CapExceededError.
 
     ``changes`` is one unrolled step (:func:`~vramplan.planner.memory.tensor_table`). With accumulation that is a later
     micro-step; in the first one what would join a gradient becomes it. ``first_step_bytes`` are taken for a moment
     where a compiled graph of the first micro-step holds most: its kernels are tuned when they first run.
     """
+    return play(first_steps(changes, step, first_step_bytes), settings or AllocatorSettings())
+
+
+def play(run: Run, settings: AllocatorSettings) -> Peaks:
+    """Play a run, compiled where that is possible. Raises CapExceededError."""
+    if _replay is not None and settings.plain:
+        peaks = _replay.play(*run, settings.large_segment_bytes, settings.cap_bytes)
+        if peaks is not None:
+            return Peaks(*peaks)
+    return play_slowly(run, settings)
+
+
+def play_slowly(run: Run, settings: AllocatorSettings) -> Peaks:
+    """Play a run in Python, whatever the settings. Raises CapExceededError."""
     allocator = CachingAllocator(settings)
     living: dict[int, Block] = {}
-    weights, states, gradients = _persistent(changes)
-    evaluation = program_of(c for c in changes if c.phase == "evaluation")
-    update = program_of(c for c in changes if c.phase == "optimizer step")
-    own = [c for c in changes if c.phase not in ("persistent", "evaluation", "checkpoint save", "optimizer step")]
-    lazily = step.workload != "vramplan"
-    micro_steps = [program_of(own)]
-    stay = {c.block for c in own if c.row.category == "gradients"}
-    if lazily and step.grad_accum > 1:
-        stay = {c.block for c in own if c.joins}
-        micro_steps.insert(0, program_of(c for c in own if not c.joins))
-    if first_step_bytes:
-        first = _tuned(own if micro_steps[0] is micro_steps[-1] else [c for c in own if not c.joins], first_step_bytes)
-        micro_steps = [first, *micro_steps[1:]]
-    # small requests have segments of their own, in which a later step finds its places again
-    small = {c.block for c in own if c.alloc and c.row.size <= SMALL_LIMIT} - stay
-    small.add(TUNING)
-    later = [[entry for entry in program if entry[1] not in small] for program in micro_steps]
-    for program in (weights, *(() if lazily else (states, gradients)), evaluation):
-        allocator.play(program, living)
-    persistent = dict(living)
-    for number in range(MOST_STEPS):
+    for number, program in enumerate(run.programs):
         before = allocator.peak_reserved_bytes
-        kept: list[Block] = []
-        living = {}
-        for micro_step in micro_steps:
-            for handle in living.values():  # what the loop's names still held goes when they are bound anew
-                allocator.release(handle)
-            living = {}
-            allocator.play(micro_step, living)
-            kept += [living.pop(block) for block in list(living) if block in stay]
-        if lazily and number == 0:
-            allocator.play(states, persistent)
-        allocator.play(update, living)
-        for handle in (*living.values(), *kept):
-            allocator.release(handle)
-        if allocator.peak_reserved_bytes == before and number > lazily:
+        allocator.play(program.tolist(), living)
+        if number >= run.settled and allocator.peak_reserved_bytes == before:
             break
-        if number == 0 and first_step_bytes:
-            micro_steps = [[entry for entry in program if entry[1] != TUNING] for program in micro_steps]
-        if number >= lazily:  # the states are there: everything has been alive at once
-            micro_steps = later
-    return allocator
+    return Peaks(allocator.allocated_bytes, allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
 
 
-def _tuned(own: Sequence[Change], n_bytes: int) -> Program:
-    """A micro-step with the tuner's buffer beside the most that is alive while the graph runs.
+def first_steps(changes: Sequence[Change], step: StepConfig, first_step_bytes: int) -> Run:
+    """The programs that :func:`replay_first_steps` plays."""
+    lazily = step.workload != "vramplan"
+    entries, n_blocks = _entries(changes), len(changes)
+    phases = _phases(changes)
+    own = np.flatnonzero(~np.isin(phases, ("persistent", "evaluation", "checkpoint save", "optimizer step")))
+    passes = entries[own]
+    left = _alive(passes)
+    if lazily and step.grad_accum > 1:
+        joining = np.array([c.block for c in changes if c.joins], dtype=np.int64)
+        first = own[_but_releases(joining, passes)]
+        gradients = joining + n_blocks
+        # the first micro-step, and what the loop's names still hold, which goes when they are bound anew
+        passes = np.concatenate([entries[first] + np.array((0, n_blocks)), _releases(left + n_blocks), passes])
+    else:
+        first = own
+        of_gradients = np.array([c.block for c in changes if c.row.category == "gradients"], dtype=np.int64)
+        gradients = np.intersect1d(left, of_gradients)
+        left = np.setdiff1d(left, gradients)
+    update = entries[phases == "optimizer step"]
+    update = update[_but_releases(gradients, update)]
+    end = np.concatenate([update, _releases(_alive(update, left)), _releases(gradients)])
+    tuned = passes
+    if first_step_bytes:
+        at, buffer = _fullest(entries[first], [changes[i] for i in first.tolist()]), 2 * n_blocks
+        tuned = np.insert(passes, [at, at], [(first_step_bytes, buffer), (0, buffer)], axis=0)
+    persistent: dict[str, list[int]] = {"optimizer": [], "gradients": [], "weights": []}
+    for i in np.flatnonzero(phases == "persistent").tolist():
+        persistent.get(changes[i].row.category, persistent["weights"]).append(i)
+    weights, states, accumulated = (entries[persistent[name]] for name in ("weights", "optimizer", "gradients"))
+    evaluation, usual = entries[phases == "evaluation"], np.concatenate([passes, end])
+    if lazily:  # the states are there from the first update on: only a later step can have everything alive at once
+        programs = [np.concatenate([weights, evaluation]), np.concatenate([tuned, states, end]), usual]
+    else:
+        programs = [np.concatenate([weights, states, accumulated, evaluation]), np.concatenate([tuned, end])]
+    settled = len(programs)
+    return Run([*programs, *[usual] * (MOST_STEPS + 1 - settled)], settled, 2 * n_blocks + 1)
+
+
+def _entries(changes: Sequence[Change]) -> Entries:
+    """One entry for each change; that of an empty tensor releases what was never allocated, which does nothing."""
+    sizes = np.array([row.size if alloc else 0 for alloc, row, _, _, _ in changes], dtype=np.int64)
+    return np.column_stack([sizes, np.array([change.block for change in changes], dtype=np.int64)])
+
+
+def _phases(changes: Sequence[Change]) -> NDArray[np.str_]:
+    """The phase of each change. They come in long runs."""
+    runs = [(phase, len(list(run))) for phase, run in groupby([change.phase for change in changes])]
+    return np.repeat([phase for phase, _ in runs], [length for _, length in runs])
+
+
+def _releases(blocks: NDArray[np.int64]) -> Entries:
+    return np.column_stack([np.zeros_like(blocks), blocks])
+
+
+def _but_releases(blocks: NDArray[np.int64], program: Entries) -> NDArray[np.bool_]:
+    """Which entries of a program are not the releases of these blocks."""
+    return (program[:, BYTES] > 0) | ~np.isin(program[:, BLOCK], blocks)
+
+
+def _alive(program: Entries, before: Sequence[int] | NDArray[np.int64] = ()) -> NDArray[np.int64]:
+    """Blocks that are alive after a program, the oldest first, of its own and those that were ``before``."""
+    allocates = program[:, BYTES] > 0
+    made = np.concatenate([np.array(before, dtype=np.int64), program[allocates, BLOCK]])
+    return made[~np.isin(made, program[~allocates, BLOCK])]
+
+
+def _fullest(program: Entries, changes: Sequence[Change]) -> int:
+    """After how many entries of the first micro-step's program most is alive while the graph runs.
 
     A loss outside the graph is no part of it; the logits, its output, are.
     """
-    outside = any(c.row.name == "log-probabilities" for c in own)
-    live, top, at = 0, -1, 0
-    for i, c in enumerate(own):
-        live += c.row.size if c.alloc else -c.row.size
-        inside = not outside or c.phase not in ("loss forward", "loss backward") or c.row.name.startswith("logits")
-        if inside and live > top:
-            top, at = live, i
-    return [*program_of(own[: at + 1]), (n_bytes, TUNING), (0, TUNING), *program_of(own[at + 1 :])]
-
-
-def _persistent(changes: Iterable[Change]) -> tuple[Program, Program, Program]:
-    """Weights and workspaces; the optimizer's states; and the gradients that accumulate."""
-    rows = [c for c in changes if c.phase == "persistent"]
-    return (
-        program_of(c for c in rows if c.row.category not in ("optimizer", "gradients")),
-        program_of(c for c in rows if c.row.category == "optimizer"),
-        program_of(c for c in rows if c.row.category == "gradients"),
-    )
+    signed = np.where(program[:, BYTES] > 0, program[:, BYTES], [-change.row.size for change in changes])
+    live = np.cumsum(signed)
+    if any(change.row.name == "log-probabilities" for change in changes):
+        loss = ("loss forward", "loss backward")
+        live[[c.phase in loss and not c.row.name.startswith("logits") for c in changes]] = -1
+    return int(np.argmax(live)) + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from ..units import MIB
 from .allocator_settings import AllocatorSettings
@@ -249,14 +250,9 @@ def estimate(
 ) -> Estimate:
     """Enumerate the table of one configuration and replay its first steps through the allocator."""
     changes = unroll(tensor_table(shape, step, gpu))
-    live = top = index = 0
-    for i, (alloc, row, _, _, _) in enumerate(changes):
-        if alloc:
-            live += int(row.size)
-            if live > top:
-                top, index = live, i
-        else:
-            live -= int(row.size)
+    levels = list(accumulate([row.size if alloc else -row.size for alloc, row, _, _, _ in changes]))
+    index = levels.index(max(levels))
+    top = int(levels[index])
     allocated = reserved = top
     if step.device == "cuda":
         replayed = replay_first_steps(changes, step, settings, first_step_bytes(step, gpu))

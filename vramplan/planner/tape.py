@@ -178,26 +178,25 @@ def unroll(tape: Tape) -> list[Change]:
 
     def prepared(events: list[Event | Repeat]) -> list[Any]:
         """What one repetition needs of each event, looked up once."""
-        return [
-            (prepared(e.events), int(e.count), 0, None, "", False)
-            if isinstance(e, Repeat)
-            else (living[e.row.index], e.kind, e.row.times, e.row, e.phase, e.joins)
-            for e in events
-        ]
+        entries: list[Any] = []
+        for e in events:
+            if isinstance(e, Repeat):
+                entries.append((prepared(e.events), int(e.count), None, "", False))
+            else:
+                entries += [(living[e.row.index], e.kind, e.row, e.phase, e.joins)] * e.row.times
+        return entries
 
     def walk(entries: list[Any]) -> None:
-        for stack, kind, times, row, phase, joins in entries:
+        for stack, kind, row, phase, joins in entries:
             if row is None:
                 for _ in range(kind):
                     walk(stack)
-                continue
-            for _ in range(times):
-                if kind > 0:
-                    block = next(fresh)
-                    stack.append(block)
-                else:
-                    block = stack.pop() if kind == -1 else stack.pop(0)
-                append(new(Change, (kind > 0, row, block, phase, joins)))
+            elif kind == 1:
+                block = next(fresh)
+                stack.append(block)
+                append(new(Change, (True, row, block, phase, joins)))
+            else:
+                append(new(Change, (False, row, stack.pop() if kind == -1 else stack.pop(0), phase, joins)))
 
     walk(prepared(tape.events))
     return changes
