@@ -84,8 +84,12 @@ def test_closed_form_equals_the_enumerated_step(shape: Shape, step: StepConfig) 
 @SLOW_IS_FINE
 @given(shape=shapes(), step=steps())
 def test_an_evaluation_never_needs_more_than_the_training_step(shape: Shape, step: StepConfig) -> None:
-    """So the search may leave it out: the same persistent state, and less of everything else."""
-    assert peak(tensor_table(shape, step)) == peak(tensor_table(shape, step, evaluation=False))
+    """So the search may leave it out: the same persistent state, and less of everything else.
+
+    But for what rounding up to 512 B adds, which decides in models of a few numbers.
+    """
+    without = tensor_table(shape, step, evaluation=False)
+    assert 0 <= peak(tensor_table(shape, step)) - peak(without) < 512 * len(without.rows)
 
 
 @SLOW_IS_FINE

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+
+import numpy as np
 
 from ..units import MIB
 from .allocator_settings import AllocatorSettings
@@ -21,7 +22,7 @@ from .gpu import Gpu
 from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes, release
 from .shape import MAX_FUSED_HEAD_DIM, Ints, Shape
 from .step import DeviceKind, StepConfig
-from .tape import CATEGORIES, Change, Tape, peak, unroll
+from .tape import CATEGORIES, Change, Tape, Unrolled, peak, unroll
 
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
@@ -122,7 +123,7 @@ class Estimate:
 
     shape: Shape
     step: StepConfig
-    changes: tuple[Change, ...]
+    table: Unrolled
     peak_index: int
     peak_table_bytes: int
     peak_allocated_bytes: int
@@ -133,6 +134,11 @@ class Estimate:
     evidence: Evidence = NO_EVIDENCE
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """Every allocation and release of the step, in order."""
+        return self.table.changes
+
+    @property
     def process_bytes(self) -> int:
         """What the card loses to this process: reserved plus CUDA context."""
         return self.peak_reserved_bytes + self.context_bytes
@@ -140,7 +146,7 @@ class Estimate:
     @property
     def peak_phase(self) -> str:
         """Phase in which the peak occurs."""
-        return self.changes[self.peak_index].phase
+        return self.table.phases[int(self.table.phase[self.peak_index])]
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -200,19 +206,14 @@ class Estimate:
     @cached_property
     def persistent_bytes(self) -> int:
         """Weights, optimizer states, workspaces, and with accumulation the gradients: alive all the time."""
-        return sum(int(c.row.size) for c in self.changes if c.phase == "persistent")
+        return int(self.table.sizes[self.table.within("persistent")].sum())
 
     @cached_property
     def phase_peaks(self) -> dict[str, int]:
         """Highest allocated bytes within each phase, its first moment included, in order of first appearance."""
-        live, phase, peaks = 0, "", dict[str, int]()
-        for change in self.changes:
-            if change.phase != phase:
-                phase = change.phase
-                peaks[phase] = max(peaks.get(phase, 0), live)
-            live += int(change.row.size) if change.alloc else -int(change.row.size)
-            peaks[change.phase] = max(peaks.get(change.phase, 0), live)
-        return peaks
+        after = self.table.live_bytes
+        highest = np.maximum(after, np.concatenate([[0], after[:-1]]))
+        return {phase: int(highest[self.table.within(phase)].max()) for phase in self.table.phases}
 
     def as_dict(self) -> dict[str, object]:
         """What ``estimate --json`` prints about memory."""
@@ -249,20 +250,19 @@ def estimate(
     shape: Shape, step: StepConfig, gpu: Gpu | None = None, settings: AllocatorSettings | None = None
 ) -> Estimate:
     """Enumerate the table of one configuration and replay its first steps through the allocator."""
-    changes = unroll(tensor_table(shape, step, gpu))
-    levels = list(accumulate([row.size if alloc else -row.size for alloc, row, _, _, _ in changes]))
-    index = levels.index(max(levels))
-    top = int(levels[index])
+    table = unroll(tensor_table(shape, step, gpu))
+    index = int(np.argmax(table.live_bytes))
+    top = int(table.live_bytes[index])
     allocated = reserved = top
     if step.device == "cuda":
-        replayed = replay_first_steps(changes, step, settings, first_step_bytes(step, gpu))
+        replayed = replay_first_steps(table, step, settings, first_step_bytes(step, gpu))
         allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
     context = context_bytes(gpu, step.device)
     tuning = min(first_step_bytes(step, gpu), allocated - top)
     return Estimate(
         shape,
         step,
-        tuple(changes),
+        table,
         index,
         top,
         allocated,

@@ -10,13 +10,14 @@ rows are written once, inside :meth:`Tape.repeat`; sizes are integers or numpy a
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .shape import Ints
 
@@ -169,34 +170,109 @@ class Change(NamedTuple):
     joins: bool = False
 
 
-def unroll(tape: Tape) -> list[Change]:
-    """Every single allocation and release of a scalar tape, in order."""
-    changes: list[Change] = []
-    living: list[list[int]] = [[] for _ in tape.rows]
-    fresh = itertools.count()
-    append, new = changes.append, tuple.__new__
+Numbers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
-    def prepared(events: list[Event | Repeat]) -> list[Any]:
-        """What one repetition needs of each event, looked up once."""
-        entries: list[Any] = []
-        for e in events:
-            if isinstance(e, Repeat):
-                entries.append((prepared(e.events), int(e.count), None, "", False))
+
+@dataclass(frozen=True, eq=False)
+class Unrolled:
+    """Every single allocation and release of a scalar tape, in order: arrays of one element each.
+
+    ``row`` and ``phase`` count in ``rows`` and ``phases``; ``block`` and ``joins`` are those of :class:`Change`.
+    """
+
+    rows: Sequence[Row]
+    phases: Sequence[str]
+    alloc: Mask
+    row: Numbers
+    block: Numbers
+    phase: Numbers
+    joins: Mask
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __iter__(self) -> Iterator[Change]:
+        return iter(self.changes)
+
+    def within(self, *phases: str) -> Mask:
+        """Which of them happen in these phases."""
+        return np.isin(self.phase, [i for i, phase in enumerate(self.phases) if phase in phases])
+
+    def of(self, *categories: Category) -> Mask:
+        """Which of them are of tensors of these categories."""
+        return np.array([row.category in categories for row in self.rows])[self.row]
+
+    @cached_property
+    def sizes(self) -> Numbers:
+        """Bytes that each allocates or releases."""
+        return np.array([row.size for row in self.rows], dtype=np.int64)[self.row]
+
+    @cached_property
+    def live_bytes(self) -> Numbers:
+        """Bytes alive after each of them."""
+        return np.cumsum(np.where(self.alloc, self.sizes, -self.sizes))
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """The same, one object each."""
+        rows = [self.rows[i] for i in self.row.tolist()]
+        phases = [self.phases[i] for i in self.phase.tolist()]
+        columns = (self.alloc.tolist(), rows, self.block.tolist(), phases, self.joins.tolist())
+        new = tuple.__new__  # a third of the time that Change(...) takes
+        return tuple([new(Change, fields) for fields in zip(*columns, strict=True)])
+
+
+def unroll(tape: Tape) -> Unrolled:
+    """Every single allocation and release of a scalar tape. Blocks are numbered in the order of their allocation.
+
+    Raises IndexError for a release of what is not alive.
+    """
+    distinct: list[Event] = []
+
+    def repeated(events: list[Event | Repeat]) -> Numbers:
+        """Numbers of the events, one for each time that they happen."""
+        parts, begin = [], len(distinct)
+        for event in events:
+            if isinstance(event, Repeat):
+                parts.append(np.arange(begin, len(distinct)))
+                parts.append(np.tile(repeated(event.events), int(event.count)))
+                begin = len(distinct)
             else:
-                entries += [(living[e.row.index], e.kind, e.row, e.phase, e.joins)] * e.row.times
-        return entries
+                distinct.append(event)
+        return np.concatenate([*parts, np.arange(begin, len(distinct))])
 
-    def walk(entries: list[Any]) -> None:
-        for stack, kind, row, phase, joins in entries:
-            if row is None:
-                for _ in range(kind):
-                    walk(stack)
-            elif kind == 1:
-                block = next(fresh)
-                stack.append(block)
-                append(new(Change, (True, row, block, phase, joins)))
+    which = repeated(tape.events)
+    which = np.repeat(which, np.array([event.row.times for event in distinct], dtype=np.int64)[which])
+    phases = list(dict.fromkeys(event.phase for event in distinct))
+    row = np.array([event.row.index for event in distinct], dtype=np.int64)[which]
+    kind = np.array([event.kind for event in distinct], dtype=np.int64)[which]
+    phase = np.array([phases.index(event.phase) for event in distinct], dtype=np.int64)[which]
+    joins = np.array([event.joins for event in distinct], dtype=np.bool_)[which]
+    return Unrolled(tape.rows, phases, kind > 0, row, _blocks(row, kind), phase, joins)
+
+
+def _blocks(row: Numbers, kind: Numbers) -> Numbers:
+    """Which block each event allocates or releases: of its row, the newest living one (-1) or the oldest (-2)."""
+    alloc = kind > 0
+    block = np.cumsum(alloc) - 1
+    by_row = np.argsort(row, kind="stable")
+    level = np.cumsum(np.where(alloc[by_row], 1, -1))
+    starts = np.flatnonzero(np.diff(row[by_row], prepend=-1))
+    before = np.concatenate([[0], level])[starts]
+    level -= np.repeat(before, np.diff(starts, append=len(row)))
+    if level.min(initial=0) < 0:
+        raise IndexError("the tape releases a tensor that is not alive")
+    # as many instances are alive after an allocation as before the release of the same: what is next to it at its level
+    level += ~alloc[by_row]
+    paired = by_row[np.lexsort((level, row[by_row]))]
+    releases = np.flatnonzero(~alloc[paired])
+    block[paired[releases]] = block[paired[releases - 1]]
+    for number in np.unique(row[kind == -2]).tolist():
+        living: list[int] = []
+        for at in np.flatnonzero(row == number).tolist():
+            if alloc[at]:
+                living.append(int(block[at]))
             else:
-                append(new(Change, (False, row, stack.pop() if kind == -1 else stack.pop(0), phase, joins)))
-
-    walk(prepared(tape.events))
-    return changes
+                block[at] = living.pop(0 if kind[at] == -2 else -1)
+    return block
