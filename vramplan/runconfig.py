@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import ConfigError, Problem, did_you_mean
 from .files import write_text
 from .planner.risk import CERTAINTY, LARGEST_RISK
-from .planner.shape import PADDED_GPT2_VOCAB, MLPKind, Norm, Positions, Shape, check_shape
+from .planner.shape import PADDED_GPT2_VOCAB, TOKENS_PER_PARAMETER, MLPKind, Norm, Positions, Shape, check_shape
 from .planner.step import (
     DEFAULT_LOSS_CHUNK,
     Checkpointing,
@@ -163,7 +163,7 @@ class RunConfig(_Section):
         """Optimizer steps until the end: ``max_steps``, or the token budget (default 20 per parameter), rounded up."""
         if self.train.max_steps is not None:
             return self.train.max_steps
-        budget = self.train.token_budget or 20 * int(self.shape.parameters)
+        budget = self.train.token_budget or TOKENS_PER_PARAMETER * int(self.shape.parameters)
         return -(-budget // self.tokens_per_step)
 
     @classmethod

@@ -106,10 +106,10 @@ def test_what_does_not_fit_is_a_violated_constraint_and_not_a_failed_trial(tmp_p
     assert all(t.value == 0 and max(t.constraints.values()) == 0.3 for t in out)
 
 
-def tight(share: float) -> Space:
+def tight(share: float, space: Space = SPACE) -> Space:
     """The space with the budget that this share of the arms fits."""
-    needs = sorted(estimate(arm.shape, arm.step).process_bytes for arm in SPACE.arms())
-    return replace(SPACE, budget_bytes=needs[int(len(needs) * share)])
+    needs = sorted(estimate(arm.shape, arm.step).process_bytes for arm in space.arms())
+    return replace(space, budget_bytes=needs[int(len(needs) * share)])
 
 
 def test_the_estimate_rules_arms_out_before_anything_is_probed(tmp_path: Path) -> None:
@@ -129,9 +129,10 @@ def test_the_estimate_rules_arms_out_before_anything_is_probed(tmp_path: Path) -
 def test_another_budget_is_another_question_to_the_same_study(tmp_path: Path) -> None:
     """Less memory rules out what had won; more lets in what had been ruled out; nothing is measured twice."""
     measure = Counted(lambda arm: replace(made_up(arm), needs_bytes=estimate(arm.shape, arm.step).process_bytes))
+    small = replace(SPACE, step=replace(SPACE.step, batch_size=2))
 
     def session(share: float) -> Any:
-        space = tight(share)
+        space = tight(share, small)
         study = open_study(url(tmp_path), "s")
         return space, tune(
             study, space.arms(), measure, ruled_out=space.ruled_out, budget_bytes=space.budget_bytes, patience=10**6

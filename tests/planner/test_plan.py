@@ -193,8 +193,8 @@ def test_risk_falls_with_headroom_and_needed_bytes_is_where_it_meets_the_limit()
 
 def test_levers_save_what_their_own_estimate_says():
     step = StepConfig(batch_size=16, grad_accum=32, loss="full")
-    found = levers(SMALL, step, CARD, BUDGET.budget_bytes, 0.01)
-    base = estimate(SMALL, step, CARD).process_bytes
+    full = estimate(SMALL, step, CARD)
+    found, base = levers(full, CARD, BUDGET.budget_bytes, 0.01), full.process_bytes
     for lever in found:
         assert estimate(lever.shape, lever.step, CARD).process_bytes == lever.process_bytes == base - lever.saved_bytes
         total = lever.shape.block_size * lever.step.batch_size * lever.step.grad_accum

@@ -242,7 +242,7 @@ def test_the_parts_of_a_card_add_up_to_it() -> None:
 
 
 def test_no_way_on_the_front_is_beaten_and_every_other_is() -> None:
-    found = ways(SHAPE, STEP, CARD, BUDGET, 0.01)
+    found = ways(estimate(SHAPE, STEP, CARD), CARD, BUDGET, 0.01)
     assert found[0].changes == ()
     assert found[0].step == STEP
     assert len({way.step for way in found}) == len(found)

@@ -47,6 +47,15 @@ def estimate(words: list[str]) -> dict[str, Any]:
     return found
 
 
+def test_a_card_without_bfloat16_opens_with_what_it_can_do() -> None:
+    turing = Offer(find_gpu("T4"), budget(find_gpu("T4")).budget_bytes)
+    page = Page([turing, *CARDS], 0.01, "2.13", no_search)
+    assert "problem" not in page.view({})
+    assert page.wanted({}).step.dtype == "float16"
+    assert page.wanted({"gpu": CARDS[0].gpu.name}).step.dtype == "bfloat16"
+    assert "<option selected>float16</option>" in page.front()
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -103,8 +112,8 @@ def test_what_no_control_sends_is_refused(page: Page, query: dict[str, str], wor
 
 def test_levers_are_rough_while_controls_move_and_exact_at_rest(page: Page) -> None:
     wanted = page.wanted({"batch": "8"})
-    exact = levers(wanted.shape, wanted.step, wanted.offer.gpu, wanted.budget_bytes, 0.01)
     full = memory.estimate(wanted.shape, wanted.step, wanted.offer.gpu)
+    exact = levers(full, wanted.offer.gpu, wanted.budget_bytes, 0.01)
     rough = {lever.name: lever for lever in rough_levers(full, wanted.offer.gpu)}
     moving, resting = page.view({"batch": "8"})["levers"], page.more({"batch": "8"})["levers"]
     assert "≈" in moving

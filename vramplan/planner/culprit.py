@@ -17,7 +17,7 @@ from .allocator_settings import LARGE_SEGMENT
 from .memory import STEP_PARTS, Estimate, TensorBytes, alive_after
 from .oom_cause import driver_request
 from .oom_text import OomText
-from .oom_trace import Moment
+from .oom_trace import MADE_BY, Moment
 from .shape import Shape
 from .step import StepConfig
 from .tape import Change
@@ -45,18 +45,6 @@ WIDTHS = {
     "bool": 1,
 }
 """Bytes of one element, by torch's name of the dtype."""
-
-MADE_BY = {
-    "exp_avg_sq": ("exp_avg_sq",),
-    "exp_avg": ("exp_avg",),
-    "lm_head": ("logits", "head.weight copy"),
-    "cross_entropy": ("log-prob",),
-    "c_fc": ("mlp.fc",),
-    "gelu": ("gelu",),
-    "c_attn": ("qkv",),
-    "c_proj": (".proj",),
-}
-"""What a traceback's last telling name makes, by words of the table's names; equal sizes are told apart by it."""
 
 MOST_NAMES = 3
 """Tensors of one size that are named together; of more it is said only that they are many."""

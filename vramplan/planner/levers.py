@@ -47,9 +47,9 @@ class Lever:
     changes_result: bool
 
 
-def levers(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> list[Lever]:
-    """Every single change that is legal for this configuration, most memory saved first."""
-    base = estimate(shape, step, gpu).process_bytes
+def levers(full: Estimate, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> list[Lever]:
+    """Every single change that is legal for the configuration that was estimated, most memory saved first."""
+    shape, step, base = full.shape, full.step, full.process_bytes
     speed = _speed(shape, step, gpu)
     found = []
     for name, other_shape, other, changes in _legal(shape, step, gpu):

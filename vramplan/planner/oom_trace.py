@@ -38,16 +38,27 @@ _BUFFER = re.compile(
     r"(?:(\w{1,40})\s*=\s*)?empty_strided(?:_(?:cuda|cpu|hip|xpu))?\(\s*\(([\d,\s]{0,120})\)\s*,\s*\([\d,\s]{0,160}\)\s*,"
     r"([^\n]{0,120})"
 )
-OPERATIONS = ("exp_avg_sq", "exp_avg", "lm_head", "cross_entropy", "c_fc", "gelu", "c_attn", "c_proj")
-"""Names in nanoGPT-like code and in torch's optimizers that tell which tensor a line makes."""
-_OPERATION = re.compile(r"(?<![A-Za-z])(?:" + "|".join(OPERATIONS) + r")(?![a-z]|_\w)")
+MADE_BY = {
+    "exp_avg_sq": ("exp_avg_sq",),
+    "exp_avg": ("exp_avg",),
+    "lm_head": ("logits", "head.weight copy"),
+    "cross_entropy": ("log-prob",),
+    "c_fc": ("mlp.fc",),
+    "gelu": ("gelu",),
+    "c_attn": ("qkv",),
+    "c_proj": (".proj",),
+}
+"""Names in nanoGPT-like code and in torch's optimizers that tell which tensor a line makes, the longer of two first,
+with words of the table's names for it; the last of them in a traceback tells tensors of one size apart."""
+
+_OPERATION = re.compile(r"(?<![A-Za-z])(?:" + "|".join(MADE_BY) + r")(?![a-z]|_\w)")
 _DTYPE = re.compile(r"torch\.(\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """The phase a traceback shows, the buffer its last line of generated code was making, and the last of the telling
-    names of OPERATIONS in it (None: not shown)."""
+    names of MADE_BY in it (None: not shown)."""
 
     moment: Moment | None = None
     shape: tuple[int, ...] | None = None

@@ -16,7 +16,7 @@ from .memory import Estimate, estimate
 from .plan_file import SCHEMA, SHAPE_FIELDS, STEP_FIELDS
 from .risk import OomRisk, needed_for, risk_of
 from .search import Grid, Ranking, confirm, quality_price, rank
-from .shape import PADDED_GPT2_VOCAB, Shape, awkward, legal_neighbours
+from .shape import PADDED_GPT2_VOCAB, TOKENS_PER_PARAMETER, Shape, awkward, legal_neighbours
 from .speed import flops_per_token, matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
 from .step import CHECKPOINTING_WORDS, StepConfig, tokens_per_step
 
@@ -130,7 +130,7 @@ def make_plan(
         considered=grid.size(),
         seconds=time.perf_counter() - started,
         target_parameters=target_parameters,
-        token_budget=token_budget or 20 * int(plans[0].shape.parameters),
+        token_budget=token_budget or TOKENS_PER_PARAMETER * int(plans[0].shape.parameters),
         notes=tuple(_notes(plans[0], target_parameters)),
     )
 

@@ -21,6 +21,9 @@ GPT2_VOCAB = 50257
 PADDED_GPT2_VOCAB = 50304
 """GPT-2's 50,257 tokens rounded up to a multiple of 64, which tensor cores prefer (nanoGPT's choice)."""
 
+TOKENS_PER_PARAMETER = 20
+"""Compute-optimal (Hoffmann et al. 2022); how long a run lasts that says nothing else."""
+
 MAX_FUSED_HEAD_DIM = 256
 """Above this the fused attention kernels do not apply and the scores are materialised (torch's sdp_utils)."""
 

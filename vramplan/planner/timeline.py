@@ -12,7 +12,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # what a person reads, and the categories of the table behind it; a stack is drawn in this order, bottom first
     ("workspace", ("workspace",)),
     ("weights", ("weights",)),
-    ("optimizer", ("optimizer",)),
+    ("optimizer state", ("optimizer",)),
     ("gradients", ("gradients",)),
     ("activations", ("activations", "inputs")),
     ("logits and loss", ("logits_and_loss",)),

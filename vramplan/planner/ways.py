@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from .gpu import Gpu
-from .memory import estimate
+from .memory import Estimate, estimate
 from .plan import differences
 from .risk import needed_for
 from .search import LOSS_CHUNKS, quality_price
-from .shape import Shape, divisors
+from .shape import divisors
 from .speed import tokens_per_second
 from .step import Checkpointing, Optimizer, StepConfig, check_step
 
@@ -50,22 +50,22 @@ class Way:
         }  # fmt: skip
 
 
-def ways(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> tuple[Way, ...]:
-    """The chosen way first, then its neighbours, least memory first.
+def ways(chosen: Estimate, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> tuple[Way, ...]:
+    """The chosen way, which was estimated, first, then its neighbours, least memory first.
 
     A neighbour differs in one of compile, loss, checkpointing and 8-bit optimizer states, or in none, and has one of
     the nearest batch sizes. Shape, tokens per step and dtype stay, so all of them train the same (8-bit states apart).
     """
+    shape, step = chosen.shape, chosen.step
     found = []
     for other in _neighbours(step):
-        full = estimate(shape, other, gpu)
+        full = chosen if other == step else estimate(shape, other, gpu)
         rate = float(tokens_per_second(shape, other, gpu)) if gpu is not None else None
         needs = math.ceil(needed_for(full, max_risk))
         worse = quality_price(other, gpu) > quality_price(step, gpu)
         words = tuple(differences(other, step))
         found.append(Way(other, words, full.process_bytes, needs, rate, needs <= budget_bytes, worse))
-    chosen, *others = found
-    ordered = [chosen, *sorted(others, key=lambda way: way.process_bytes)]
+    ordered = [found[0], *sorted(found[1:], key=lambda way: way.process_bytes)]
     return tuple(replace(way, on_front=_on_front(way, ordered)) for way in ordered)
 
 

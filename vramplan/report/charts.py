@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..planner.timeline import GROUPS
 from ..planner.ways import Way
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pygal
 
 GROUP_COLOURS = {
-    "context": "--context", "workspace": "--workspace", "weights": "--weights", "optimizer": "--optimizer",
+    "context": "--context", "workspace": "--workspace", "weights": "--weights", "optimizer state": "--optimizer",
     "gradients": "--gradients", "activations": "--activations", "logits and loss": "--logits",
     "temporaries": "--temporaries",
 }  # fmt: skip
@@ -32,6 +32,13 @@ WIDTH, HEIGHT = 900, 400
 SHORT = {"embedding backward": "embedding", "optimizer step": "optimizer"}
 """Names of phases that are wider than their share of the chart; the table has them whole."""
 Points = list[tuple[float, float] | None]
+T = TypeVar("T")
+
+
+def thinned(points: tuple[T, ...], most: int) -> tuple[T, ...]:
+    """At most so many of them, evenly taken, the last one included."""
+    every = -(-len(points) // most) if points else 1
+    return points[::-1][::every][::-1]
 
 
 def timeline_chart(report: RiskReport) -> str:

@@ -8,7 +8,7 @@ from .. import __version__
 from ..errors import ConfigError, Problem
 from ..planner.plan import PlanSet, nanogpt_plan
 from ..planner.plan_file import restore
-from ..planner.shape import PADDED_GPT2_VOCAB, Shape
+from ..planner.shape import PADDED_GPT2_VOCAB, TOKENS_PER_PARAMETER, Shape
 from ..planner.step import StepConfig, tokens_per_step
 from ..runconfig import RunConfig, TrainSection, suggested_training
 from ..units import count, gib
@@ -17,12 +17,20 @@ from ..units import count, gib
 def run_config(data: dict[str, Any], rank: int, max_steps: int | None = None) -> RunConfig:
     """The run configuration of one plan of a plan file (as :func:`planner.plan.read_plans` returns it)."""
     shape, step = restore(data["plans"][rank - 1])
-    train = suggested_training(
-        int(shape.parameters), int(tokens_per_step(shape, step)), data["token_budget"], max_steps
-    )
+    return new_run(shape, step, _plan_section(data, rank), data["token_budget"], max_steps)
+
+
+def new_run(
+    shape: Shape, step: StepConfig, plan: dict[str, Any], token_budget: int | None = None, max_steps: int | None = None
+) -> RunConfig:
+    """The configuration of a run with the usual training settings; ``plan`` is its ``[plan]``."""
+    parameters = int(shape.parameters)
+    tokens = token_budget or TOKENS_PER_PARAMETER * parameters
+    train = suggested_training(parameters, int(tokens_per_step(shape, step)), tokens, max_steps)
     if step.optimizer == "adamw-in-backward":
         train["grad_clip"] = 0.0
-    return RunConfig.build(shape, step, train=train, plan=_plan_section(data, rank))
+    known = {name: value for name, value in plan.items() if value is not None}
+    return RunConfig.build(shape, step, train=train, plan=known)
 
 
 def refitted(config: RunConfig, plans: PlanSet) -> RunConfig:
@@ -44,7 +52,7 @@ def with_step(config: RunConfig, shape: Shape, step: StepConfig, plan: dict[str,
 def _plan_section(data: dict[str, Any], rank: int) -> dict[str, Any]:
     """``[plan]``: what was expected of a plan, and of which card; without what is not known."""
     entry = data["plans"][rank - 1]
-    section = {
+    return {
         "gpu": data["gpu"],
         "total_bytes": data["total_bytes"],
         "budget_bytes": data["budget_bytes"],
@@ -56,7 +64,6 @@ def _plan_section(data: dict[str, Any], rank: int) -> dict[str, Any]:
         "target_parameters": data["target_parameters"],
         "version": __version__,
     }
-    return {name: value for name, value in section.items() if value is not None}
 
 
 def nanogpt_config(data: dict[str, Any], shape: Shape, step: StepConfig, max_steps: int | None = None) -> str:

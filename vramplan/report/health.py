@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import ConfigError
 from ..planner.gpu import Gpu, find_gpu
 from ..units import count, gib
 from .advice import Advice, worst
+from .charts import thinned
 from .forecast import Forecast, forecast
 from .health_advice import advise
 from .health_figures import Figures, as_asked, figures_of, smoothed, throughput
@@ -19,7 +20,6 @@ from .run_record import Curve, Record
 
 NOT_KNOWN = "n/a"
 MOST_SHOWN = 2000
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,9 @@ def build_health(
         program=record.program,
         figures=figures,
         facts=tuple(_facts(record, figures, found, steps)),
-        train=thinned(record.losses or record.train_evaluations),
-        validation=thinned(record.validation),
-        tokens_per_second=thinned(throughput(record)),
+        train=thinned(record.losses or record.train_evaluations, MOST_SHOWN),
+        validation=thinned(record.validation, MOST_SHOWN),
+        tokens_per_second=thinned(throughput(record), MOST_SHOWN),
         forecast=found,
         forecast_refused="" if isinstance(fitted, Forecast) else fitted,
         forecast_caveat=_caveat(record, figures) if found else "",
@@ -133,12 +133,6 @@ def build_health(
         missing=record.missing,
         notes=record.notes,
     )
-
-
-def thinned(points: tuple[T, ...]) -> tuple[T, ...]:
-    """At most MOST_SHOWN of them, evenly taken, the last one included."""
-    every = -(-len(points) // MOST_SHOWN) if points else 1
-    return points[::-1][::every][::-1]
 
 
 def _forecast(record: Record) -> Forecast | str:

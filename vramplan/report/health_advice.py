@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..errors import command
 from ..planner.plan import FAR_FROM_TARGET
+from ..planner.shape import TOKENS_PER_PARAMETER
 from ..units import count, gib
 from . import health_losses as losses
 from .advice import Advice, worst
@@ -13,8 +14,6 @@ from .forecast import Forecast
 from .health_figures import Figures, as_asked
 from .run_record import Record
 
-TOKENS_PER_PARAMETER = 20
-"""Compute-optimal tokens per parameter (Hoffmann et al. 2022); the planner's default budget."""
 EPOCHS_AS_NEW = 4
 """Up to about four epochs repeated text is worth nearly as much as new text (Muennighoff et al. 2023)."""
 SLOWER_THAN_EXPECTED = 0.7

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from .. import __version__
 from ..units import gib, gib_needed
-from .charts import GROUP_COLOURS, furthest_shown, loss_chart, timeline_chart, ways_chart
+from .charts import GROUP_COLOURS, furthest_shown, loss_chart, thinned, timeline_chart, ways_chart
 from .console import printable
 from .plans import percent
 from .risk import RiskReport, measured_bytes
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import jinja2
 
     from .health import RunHealth
-    from .run_record import Curve
 
 PART_COLOURS = {"outside": "var(--temporaries)", "free": "var(--panel)", "missing": "var(--bad)"}
 NAMED_COLOURS = {
@@ -33,7 +32,7 @@ NAMED_COLOURS = {
 
 
 CURVE_POINTS = 400
-"""Of a run's losses, drawn and listed at the most: of each stretch the last."""
+"""Of a run's losses, drawn and listed at the most."""
 
 
 def render_report(report: RiskReport, health: RunHealth | None = None) -> str:
@@ -58,7 +57,7 @@ def _page(template: str, context: dict[str, Any]) -> str:
 
 
 def _health_context(health: RunHealth) -> dict[str, Any]:
-    train, validation = _thinned(health.train), _thinned(health.validation)
+    train, validation = thinned(health.train, CURVE_POINTS), thinned(health.validation, CURVE_POINTS)
     rows = {step: [loss, None] for step, loss in train}
     for step, loss in validation:
         rows.setdefault(step, [None, None])[1] = loss
@@ -72,11 +71,6 @@ def _health_context(health: RunHealth) -> dict[str, Any]:
         "loss_chart": Markup(_labelled(chart, "Losses of the run over its steps.")) if chart else "",
         "curve_rows": [(step, *losses) for step, losses in sorted(rows.items())],
     }
-
-
-def _thinned(curve: Curve) -> list[tuple[int, float | None]]:
-    n = len(curve)
-    return [curve[n * (i + 1) // CURVE_POINTS - 1] for i in range(CURVE_POINTS)] if n > CURVE_POINTS else list(curve)
 
 
 def sections_context(report: RiskReport) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from ..planner.plan import PlanSet
 from ..planner.search import LOSS_CHUNKS, check_tokens_per_step
 from ..planner.shape import SHAPE_CHOICES, Shape, divisors
 from ..planner.step import CHOICES, StepConfig, check, tokens_per_step
-from ..runconfig import RunConfig, suggested_training
 from ..units import GIB, count, parse_bytes
+from .exports import new_run
 from .html import environment, sections_context, style
 from .risk import RiskReport, build_report
 
@@ -101,8 +101,8 @@ class Page:
             problems.append(Problem("gpu", name, "is not one of the cards"))
         if problems:
             raise ConfigError(problems)
-        values = {**DEFAULTS, **query}
         offer = self.cards[name]
+        values = {**defaults(offer), **query}
         size = SIZES[min(len(SIZES) - 1, _whole(values, "size"))]
         tokens, block = int(values["tokens_per_step"]), int(values["block_size"])
         shape = _shape(size, block, values["norm"], values["positions"], values["mlp"])
@@ -136,8 +136,8 @@ class Page:
     def front(self) -> str:
         """The whole page, with its controls and nothing computed yet."""
         return environment().get_template("planner.html").render(
-            style=Markup(style()), selects=SELECTS, defaults=DEFAULTS, cards=list(self.cards), sizes=len(SIZES),
-            version=__version__,
+            style=Markup(style()), selects=SELECTS, defaults=defaults(next(iter(self.cards.values()))),
+            cards=list(self.cards), sizes=len(SIZES), version=__version__,
         )  # fmt: skip
 
     def view(self, query: Query) -> dict[str, Any]:
@@ -220,12 +220,6 @@ class Page:
     def configuration(self, query: Query) -> str:
         """The run configuration (TOML) of what is shown. Raises ConfigError where it is impossible."""
         wanted = self.wanted(query)
-        shape, step = wanted.shape, wanted.step
-        training = suggested_training(
-            int(shape.parameters), int(tokens_per_step(shape, step)), 20 * int(shape.parameters), None
-        )
-        if step.optimizer == "adamw-in-backward":
-            training["grad_clip"] = 0.0
         report = self._quick_report(wanted)
         plan = {
             "gpu": wanted.offer.gpu.name, "total_bytes": wanted.budget_bytes, "budget_bytes": wanted.budget_bytes,
@@ -233,7 +227,7 @@ class Page:
             "peak_allocated_bytes": report.estimate.peak_allocated_bytes, "oom_risk": report.risk.probability,
             "max_risk": self.max_risk, "target_parameters": wanted.size, "version": __version__,
         }  # fmt: skip
-        return RunConfig.build(shape, step, train=training, plan=plan).to_toml()
+        return new_run(wanted.shape, wanted.step, plan).to_toml()
 
     def best(self, query: Query) -> dict[str, Any]:
         """Where the controls have to stand for the best plan of this size on this card. Raises VramplanError."""
@@ -245,6 +239,11 @@ class Page:
             "loss": f"chunked {step.loss_chunk_tokens}" if step.loss == "chunked" else "full",
             "checkpointing": step.checkpointing, "optimizer": step.optimizer,
         }  # fmt: skip
+
+
+def defaults(offer: Offer) -> dict[str, str]:
+    """Where the controls stand at first, for this card."""
+    return DEFAULTS if offer.gpu.supports_bf16 else DEFAULTS | {"dtype": "float16"}
 
 
 @cache

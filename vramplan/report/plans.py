@@ -17,20 +17,16 @@ from ..planner.plan import Plan, PlanSet
 from ..planner.repair import Repair
 from ..planner.risk import OomRisk
 from ..planner.step import CHECKPOINTING_WORDS, tokens_per_step
+from ..planner.timeline import GROUPS
 from ..units import count, duration, gib, gib_needed
 from .console import console
 
 BREAKDOWN = (
-    # what a person reads, and the categories of the table behind it
-    ("weights", ("weights",)),
-    ("gradients", ("gradients",)),
-    ("optimizer state", ("optimizer",)),
-    ("activations", ("activations", "inputs")),
-    ("logits and loss", ("logits_and_loss",)),
-    ("temporaries", ("temporaries",)),
+    *((name, categories) for name, categories in GROUPS if name != "workspace"),
     ("tuning kernels", ("first step",)),
     ("allocator slack", ("rounding", "fragmentation")),
 )
+"""What a person reads, and the parts of an estimate's breakdown behind it; workspaces go with the context."""
 
 
 def percent(probability: float) -> str:

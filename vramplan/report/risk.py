@@ -200,10 +200,10 @@ def build_report(
         card=card_memory(gpu, max(total_bytes or 0, budget_bytes), budget_bytes, full, held),
         timeline=step_timeline(full),
         evidence=gpu.evidence.of(step.workload, mode_of(step)) if gpu else (),
-        levers=tuple(rough_levers(full, gpu) if quick else levers(shape, step, gpu, budget_bytes, max_risk)),
+        levers=tuple(rough_levers(full, gpu) if quick else levers(full, gpu, budget_bytes, max_risk)),
         largest_batch=None if quick else largest_batch(shape, step, gpu, budget_bytes, max_risk),
         repair=None if quick or needs <= budget_bytes else smallest_repair(shape, step, gpu, budget_bytes, max_risk),
-        ways=() if quick else ways(shape, step, gpu, budget_bytes, max_risk),
+        ways=() if quick else ways(full, gpu, budget_bytes, max_risk),
         measured=measured or {},
         notes=tuple(notes),
     )

@@ -9,11 +9,9 @@ from typing import Any
 
 from ..errors import ConfigError, Problem
 from ..runconfig import RunConfig
-from ..trainer.metrics import Line, read_metrics
+from ..trainer.metrics import CONFIG, FACTS, METRICS, Line, read_metrics
 from .run_record import Curve, Happening, Planned, Rates, Record, SpikeLine, loss_of
 
-CONFIG, METRICS, FACTS = "config.toml", "metrics.jsonl", "run.json"
-"""Names inside a run directory; see :mod:`vramplan.trainer.rundir`, which needs torch."""
 SHORTEST_SECONDS, LONGEST_SECONDS, MOST_TOKENS = 1e-6, 1e6, 1e15
 """Of a step, and of an epoch: what is beyond is not a measurement."""
 

@@ -18,6 +18,9 @@ from typing import Any, Self
 
 from ..errors import DataError, Problem
 
+CONFIG, METRICS, FACTS = "config.toml", "metrics.jsonl", "run.json"
+"""Names inside a run directory that reports read (:class:`~vramplan.trainer.rundir.RunDirectory` needs torch)."""
+
 Line = dict[str, Any]
 
 _REQUIRED = {

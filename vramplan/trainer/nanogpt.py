@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, Problem
+from ..planner.nanogpt_config import DEFAULTS
 from ..planner.shape import GPT2_VOCAB
 from ..planner.step import DeviceKind
 from ..runconfig import RunConfig
@@ -24,25 +25,25 @@ from .nanogpt_file import NO_VALIDATION_LOSS, NanoGPTFile, is_plain, listed, rea
 from .optimizer import MASTERS, build_optimizer
 from .rundir import RunDirectory
 
-_SETTINGS: dict[str, tuple[str, str, Any]] = {
-    "batch_size": ("step", "batch_size", 12),
-    "gradient_accumulation_steps": ("step", "grad_accum", 40),
-    "dtype": ("step", "dtype", "bfloat16"),
-    "compile": ("step", "compile", True),
-    "device": ("step", "device", "cuda"),
-    "learning_rate": ("train", "learning_rate", 6e-4),
-    "min_lr": ("train", "min_learning_rate", 6e-5),
-    "warmup_iters": ("train", "warmup_steps", 2000),
-    "max_iters": ("train", "max_steps", 600_000),
-    "weight_decay": ("train", "weight_decay", 0.1),
-    "beta1": ("train", "beta1", 0.9),
-    "beta2": ("train", "beta2", 0.95),
-    "grad_clip": ("train", "grad_clip", 1.0),
-    "eval_interval": ("train", "eval_interval", 2000),
-    "eval_iters": ("train", "eval_batches", 200),
-    "log_interval": ("train", "log_interval", 1),
+_SETTINGS: dict[str, tuple[str, str]] = {
+    "batch_size": ("step", "batch_size"),
+    "gradient_accumulation_steps": ("step", "grad_accum"),
+    "dtype": ("step", "dtype"),
+    "compile": ("step", "compile"),
+    "device": ("step", "device"),
+    "learning_rate": ("train", "learning_rate"),
+    "min_lr": ("train", "min_learning_rate"),
+    "warmup_iters": ("train", "warmup_steps"),
+    "max_iters": ("train", "max_steps"),
+    "weight_decay": ("train", "weight_decay"),
+    "beta1": ("train", "beta1"),
+    "beta2": ("train", "beta2"),
+    "grad_clip": ("train", "grad_clip"),
+    "eval_interval": ("train", "eval_interval"),
+    "eval_iters": ("train", "eval_batches"),
+    "log_interval": ("train", "log_interval"),
 }
-"""nanoGPT's name of a setting; our section and name; the default of nanoGPT's train.py."""
+"""nanoGPT's name of a setting; our section and name."""
 
 _MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 _THEIR_DTYPE = {"tf32": "float32", "pure-bfloat16": "bfloat16"}
@@ -62,7 +63,7 @@ def nanogpt_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[st
     weights = {theirs: checkpoint.model[ours] for ours, theirs in gpt2_names(config.shape).items()}
     weights[HEAD] = weights[EMBEDDING]
     model_args = {name: getattr(config.model, name) for name in _MODEL_ARGS} | {"dropout": 0.0}
-    settings = {theirs: getattr(getattr(config, section), ours) for theirs, (section, ours, _) in _SETTINGS.items()}
+    settings = {theirs: getattr(getattr(config, section), ours) for theirs, (section, ours) in _SETTINGS.items()}
     settings["dtype"] = _THEIR_DTYPE.get(config.step.dtype, config.step.dtype)
     settings |= {"max_iters": config.total_steps, "lr_decay_iters": config.total_steps, "decay_lr": True}
     loss = checkpoint.best_val_loss
@@ -151,7 +152,7 @@ def import_run(
 def _configured(file: NanoGPTFile, device: DeviceKind | None, max_steps: int | None) -> tuple[RunConfig, list[str]]:
     """The run's configuration, and what of the file's it does not have. Raises ConfigError when it is no legal run."""
     notes: list[str] = []
-    given = {name: file.settings.get(name, default) for name, (_, _, default) in _SETTINGS.items()}
+    given = {name: file.settings.get(name, DEFAULTS[name]) for name in _SETTINGS}
     missing = [f"{name}={given[name]}" for name in _SETTINGS if name not in file.settings]
     if missing:
         notes.append(f"not in the file, so nanoGPT's defaults: {', '.join(missing)}")
@@ -160,7 +161,7 @@ def _configured(file: NanoGPTFile, device: DeviceKind | None, max_steps: int | N
     given["max_iters"] = given["max_iters"] if max_steps is None else max_steps
     _fit_schedule(given, file.settings, notes)
     sections: dict[str, dict[str, Any]] = {"model": _model_section(file), "step": {}, "train": {}}
-    for name, (section, ours, _) in _SETTINGS.items():
+    for name, (section, ours) in _SETTINGS.items():
         sections[section][ours] = given[name]
     config = RunConfig.parse(sections, source=str(file.path))
     return config, [*notes, *_losses(file, config)]

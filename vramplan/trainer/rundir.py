@@ -25,7 +25,7 @@ from ..errors import ConfigError, DataError, Problem
 from ..runconfig import RunConfig
 from .checkpoint import CheckpointFolder, step_of
 from .lock import in_use, locked
-from .metrics import anything_done, read_metrics
+from .metrics import CONFIG, FACTS, METRICS, anything_done, read_metrics
 from .schedule import first_difference
 from .shards import MANIFEST, ShardSet
 from .split import Split
@@ -55,9 +55,9 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.toml"
-        self.facts = self.path / "run.json"
-        self.metrics = self.path / "metrics.jsonl"
+        self.config = self.path / CONFIG
+        self.facts = self.path / FACTS
+        self.metrics = self.path / METRICS
         self.checkpoints = self.path / "checkpoints"
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
