@@ -37,4 +37,4 @@ demo: $(STAMP)  ## plan, train, sample and report on a CPU, in a few minutes
 	$(BIN)/python examples/demo.py
 
 clean:  ## remove the environment, caches and what the demo wrote
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-run build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-run build dist *.egg-info vramplan/planner/*.so

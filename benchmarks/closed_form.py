@@ -55,15 +55,16 @@ def million(step: StepConfig) -> float:
 
 def paired(run: Callable[[], object], times: int = 15) -> tuple[float, float]:
     """Median milliseconds of a call as installed, and without the compiled replay, by turns."""
-    compiled, took = first_steps._replay, ([], [])  # type: tuple[Any, tuple[list[float], list[float]]]
+    compiled = first_steps.COMPILED
+    took: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(times):
-        for replay, seconds in zip((compiled, None), took, strict=True):
-            first_steps._replay = replay
+        for usual, seconds in took.items():
+            first_steps.COMPILED = usual and compiled
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
-    first_steps._replay = compiled
-    return 1e3 * statistics.median(took[0]), 1e3 * statistics.median(took[1])
+    first_steps.COMPILED = compiled
+    return 1e3 * statistics.median(took[True]), 1e3 * statistics.median(took[False])
 
 
 def main() -> None:

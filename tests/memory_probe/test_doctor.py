@@ -30,6 +30,7 @@ from vramplan.memory_probe.doctor import (
     examine,
     host_memory_finding,
     memory_finding,
+    replay_finding,
     spilling_finding,
     tokenizer_finding,
     torch_finding,
@@ -388,6 +389,11 @@ def test_a_tokenizer_that_must_be_downloaded_is_a_warning() -> None:
     says(tokenizer_finding(None, None, ()), "problem", "pip install tiktoken")
 
 
+def test_it_says_how_estimates_are_replayed() -> None:
+    says(replay_finding(True), "ok", "compiled loop")
+    says(replay_finding(False), "ok", "in Python", "C compiler")
+
+
 # ---------------------------------------------------------------- asking
 
 
@@ -548,7 +554,7 @@ def test_the_machine_of_a_4070_owner_with_everything_wrong(monkeypatch: pytest.M
     assert found == {
         "card": "ok", "driver": "ok", "torch": "problem", "memory": "warning", "bfloat16": "warning",
         "compile": "warning", "allocator_variable": "ok", "allocator_settings": "problem", "spilling": "warning",
-        "disk": "problem", "host_memory": "warning", "tokenizer": "warning",
+        "disk": "problem", "host_memory": "warning", "tokenizer": "warning", "replay": "ok",
     }  # fmt: skip
 
 

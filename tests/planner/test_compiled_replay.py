@@ -6,6 +6,8 @@ Skipped where it was not compiled; VRAMPLAN_REQUIRE_COMPILED makes that a failur
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +19,9 @@ from numpy.typing import NDArray
 
 from vramplan.errors import CapExceededError
 from vramplan.planner import first_steps
-from vramplan.planner.allocator_settings import AllocatorSettings
+from vramplan.planner.allocator_settings import UNLIMITED, AllocatorSettings
 from vramplan.planner.first_steps import Run, play, play_slowly
-from vramplan.planner.memory import first_step_bytes, tensor_table
+from vramplan.planner.memory import estimate, first_step_bytes, tensor_table
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.planner.tape import unroll
@@ -40,9 +42,9 @@ ENTRIES = st.lists(st.tuples(SIZES, st.integers(0, BLOCKS - 1)), min_size=1, max
 
 @pytest.fixture(autouse=True)
 def compiled() -> Any:
-    if first_steps._replay is None:
+    if not first_steps.COMPILED:
         if os.environ.get("VRAMPLAN_REQUIRE_COMPILED"):
-            pytest.fail("VRAMPLAN_REQUIRE_COMPILED is set, and the replay was not compiled")
+            pytest.fail("VRAMPLAN_REQUIRE_COMPILED is set, and there is no compiled replay of this edition")
         pytest.skip("installed without a C compiler: the replay runs in Python")
     return first_steps._replay
 
@@ -60,10 +62,10 @@ def array(entries: list[tuple[int, int]], living: set[int]) -> NDArray[np.int64]
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(ENTRIES, min_size=1, max_size=4), st.sampled_from([2 * MIB, 20 * MIB]), st.integers(0, 4))
+@given(st.lists(ENTRIES, min_size=1, max_size=4), st.sampled_from([10 * MIB, 20 * MIB, 64 * MIB]), st.integers(0, 4))
 def test_any_programs(programs: list[list[tuple[int, int]]], large_segment: int, settled: int) -> None:
     living: set[int] = set()
-    run = Run([array(program, living) for program in programs], settled, BLOCKS)
+    run = Run(tuple(array(program, living) for program in programs), settled, BLOCKS)
     chosen = AllocatorSettings(large_segment_bytes=large_segment)
     assert play(run, chosen) == play_slowly(run, chosen)
 
@@ -90,7 +92,7 @@ def test_first_steps(compiled: Any, workload: Any, grad_accum: int, compile: boo
 
 def test_what_it_does_not_know_is_played_in_python(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program = np.array([(8 * MIB, 0), (0, 0), (30 * MIB, 1)], dtype=np.int64)
-    run = Run([program], 1, 2)
+    run = Run((program,), 1, 2)
     plain = AllocatorSettings(cap_bytes=30 * MIB)
     # at the cap the cached 20 MiB have to go back first: that takes the allocator in Python
     assert compiled.play(*run, plain.large_segment_bytes, plain.cap_bytes) is None
@@ -124,4 +126,31 @@ def test_what_it_does_not_know_is_played_in_python(compiled: Any, monkeypatch: p
 )
 def test_what_is_no_program_is_refused(compiled: Any, program: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        compiled.play([program], 1, 2, 20 * MIB, 1 << 40)
+        compiled.play((program,), 1, 2, 20 * MIB, 1 << 40)
+
+
+@pytest.mark.parametrize("numbers", [(-1, 20 * MIB, MIB), (2, -MIB, MIB), (2, 1 << 63, MIB), (2, 20 * MIB, -1)])
+def test_numbers_out_of_range_are_refused(compiled: Any, numbers: tuple[int, int, int]) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        compiled.play((np.array([(MIB, 0)]),), 1, *numbers)
+
+
+def test_another_edition_is_not_used() -> None:
+    program = (
+        "import vramplan.planner.allocator as a; a.EDITION += 1\n"
+        "from vramplan.planner import first_steps as f; print(f.COMPILED)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout == "False\n"
+
+
+@pytest.mark.parametrize("cap_bytes", [UNLIMITED, 1 << 63])
+def test_what_64_bits_cannot_count_is_counted_in_python(cap_bytes: int) -> None:
+    """Nobody has such a machine; the answer is still right."""
+    shape = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1 << 18)
+    with pytest.raises(CapExceededError):
+        estimate(shape, StepConfig(batch_size=1 << 28, loss="full"), None, AllocatorSettings(cap_bytes=cap_bytes))
+    sizes = [
+        estimate(shape, StepConfig(batch_size=1 << n, loss="full", device="cpu")).peak_table_bytes for n in (26, 27, 28)
+    ]
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0]) > 1 << 63

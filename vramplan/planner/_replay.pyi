@@ -1,6 +1,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+EDITION: int
+
 def play(
-    programs: list[NDArray[np.int64]], settled: int, n_blocks: int, large_segment_bytes: int, cap_bytes: int, /
+    programs: tuple[NDArray[np.int64], ...], settled: int, n_blocks: int, large_segment_bytes: int, cap_bytes: int, /
 ) -> tuple[int, int, int] | None: ...

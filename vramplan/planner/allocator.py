@@ -25,6 +25,9 @@ from ..units import MIB
 from .allocator_settings import UNLIMITED, AllocatorSettings
 from .tape import Change
 
+EDITION = 1
+"""Of these rules; one more with every change. A compiled replay of another edition is not used."""
+
 MIN_BLOCK = 512
 SMALL_LIMIT = 1 * MIB
 SMALL_SEGMENT = 2 * MIB
@@ -373,7 +376,7 @@ def _potential(block: Block) -> int:
 
 def program_of(changes: Iterable[Change]) -> Program:
     """The allocations and releases of unrolled rows; empty tensors are left out."""
-    return [(row.size if alloc else 0, block) for alloc, row, block, _, _ in changes if row.size > 0]
+    return [(int(row.size) if alloc else 0, block) for alloc, row, block, _, _ in changes if row.size > 0]
 
 
 def replay(changes: Iterable[Change], settings: AllocatorSettings | None = None) -> CachingAllocator:

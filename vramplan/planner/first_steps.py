@@ -14,15 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .allocator import Block, CachingAllocator
-from .allocator_settings import AllocatorSettings
+from .allocator import EDITION, Block, CachingAllocator
+from .allocator_settings import UNLIMITED, AllocatorSettings
 from .step import StepConfig
 from .tape import Mask, Numbers, Unrolled
 
 try:
     from . import _replay
+
+    COMPILED = _replay.EDITION == EDITION
 except ImportError:  # it was installed without a compiler
-    _replay = None  # type: ignore[assignment]
+    COMPILED = False
+"""Whether plain settings are replayed by the compiled loop."""
 
 MOST_STEPS = 5
 """By then the configurations that were tried had stopped growing."""
@@ -47,7 +50,7 @@ class Run(NamedTuple):
     Blocks are numbered from 0 to ``n_blocks`` - 1.
     """
 
-    programs: list[Entries]
+    programs: tuple[Entries, ...]
     settled: int
     n_blocks: int
 
@@ -66,7 +69,8 @@ def replay_first_steps(
 
 def play(run: Run, settings: AllocatorSettings) -> Peaks:
     """Play a run, compiled where that is possible. Raises CapExceededError."""
-    if _replay is not None and settings.plain:
+    countable = all(program.dtype == np.int64 for program in run.programs)
+    if COMPILED and countable and settings.plain and settings.cap_bytes <= UNLIMITED:
         peaks = _replay.play(*run, settings.large_segment_bytes, settings.cap_bytes)
         if peaks is not None:
             return Peaks(*peaks)
@@ -125,7 +129,7 @@ def first_steps(table: Unrolled, step: StepConfig, first_step_bytes: int) -> Run
             np.concatenate([tuned, end]),
         ]
     settled = len(programs)
-    return Run([*programs, *[usual] * (MOST_STEPS + 1 - settled)], settled, 2 * n_blocks + 1)
+    return Run((*programs, *[usual] * (MOST_STEPS + 1 - settled)), settled, 2 * n_blocks + 1)
 
 
 def _releases(blocks: Numbers) -> Entries:
@@ -155,4 +159,4 @@ def _fullest(table: Unrolled, first: Numbers) -> int:
     if "log-probabilities" in used:
         of_loss = table.within("loss forward", "loss backward")[first]
         live[of_loss & ~np.char.startswith(used, "logits")] = -1
-    return int(np.argmax(live)) + 1
+    return int(np.argmax(live)) + 1 if len(live) else 0

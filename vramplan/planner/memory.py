@@ -213,7 +213,7 @@ class Estimate:
         """Highest allocated bytes within each phase, its first moment included, in order of first appearance."""
         after = self.table.live_bytes
         highest = np.maximum(after, np.concatenate([[0], after[:-1]]))
-        return {phase: int(highest[self.table.within(phase)].max()) for phase in self.table.phases}
+        return {phase: int(highest[self.table.within(phase)].max(initial=0)) for phase in self.table.phases}
 
     def as_dict(self) -> dict[str, object]:
         """What ``estimate --json`` prints about memory."""

@@ -170,6 +170,7 @@ class Change(NamedTuple):
     joins: bool = False
 
 
+LARGEST_SUM = 1 << 60
 Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -201,12 +202,14 @@ class Unrolled:
 
     def of(self, *categories: Category) -> Mask:
         """Which of them are of tensors of these categories."""
-        return np.array([row.category in categories for row in self.rows])[self.row]
+        return np.array([row.category in categories for row in self.rows], dtype=np.bool_)[self.row]
 
     @cached_property
     def sizes(self) -> Numbers:
-        """Bytes that each allocates or releases."""
-        return np.array([row.size for row in self.rows], dtype=np.int64)[self.row]
+        """Bytes that each allocates or releases; Python's integers where 64 bits could not hold their sums."""
+        sizes = [int(row.size) for row in self.rows]
+        narrow = max(sizes, default=0) * len(self) < LARGEST_SUM
+        return np.array(sizes, dtype=np.int64 if narrow else object)[self.row]
 
     @cached_property
     def live_bytes(self) -> Numbers:
