@@ -1,21 +1,27 @@
 """Measure a designed grid of configurations on the card at hand, in one command and within a few minutes.
 
     python benchmarks/card_campaign.py [--minutes 9] [--out FILE.jsonl]
-    python benchmarks/card_campaign.py --dry-run          the same program on a CPU, with tiny shapes
+    python benchmarks/card_campaign.py --dry-run [--most 6]     the same program on a CPU, with tiny shapes
 
 Points are ordered by value and interleaved over workloads, dtypes, losses, checkpointing and accumulation; the eager
 ones first, at most a dozen compiled ones last. Each takes a few optimizer steps in this process. A point that the file
 holds already is passed over, so several runs add up. Rows are what tests/data/measured/ takes as they are: the
 configuration, what torch allocated and reserved, what the driver saw, retries, seconds, and our estimate beside it.
 The caps make a large card behave like one of 8, 10, 12, 16 and 24 GB: a plan recommended for each is run under it.
-At the end, the allocator's own event trace of three small configurations is written beside the rows.
+The attention kernel is forced to the one that the table is written for, because cards differ in their choice:
+FlashAttention in half precision, the memory-efficient kernel in float32. At the end it prints the errors of the rows
+that were held out and of the others, and writes the allocator's own event trace of three small configurations beside
+the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,22 +30,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vramplan import __version__
 from vramplan.device import live_gpu
 from vramplan.errors import ConfigError, DoesNotFitError
 from vramplan.memory_probe.card import CardMeasurement, measure_card
 from vramplan.planner.gpu import Budget, Gpu, find_gpu
-from vramplan.planner.memory import estimate
+from vramplan.planner.memory import estimate, peak_allocated
+from vramplan.planner.overheads import release
 from vramplan.planner.plan import make_plan
 from vramplan.planner.search import Grid
 from vramplan.planner.shape import Shape
-from vramplan.planner.step import StepConfig, check_step
+from vramplan.planner.step import StepConfig, check, check_step
 from vramplan.units import GIB, MIB
 
 SIZES = {
     "41M": Shape(n_layer=12, n_head=12, n_embd=384),
+    "58M": Shape(n_layer=12, n_head=12, n_embd=480),
+    "64M": Shape(n_layer=12, n_head=8, n_embd=512),
     "77M": Shape(n_layer=12, n_head=12, n_embd=576),
+    "112M": Shape(n_layer=12, n_head=12, n_embd=720),
     "124M": Shape(n_layer=12, n_head=12, n_embd=768),
     "124M bias untied": Shape(n_layer=12, n_head=12, n_embd=768, bias=True, tied=False),
     "127M modern": Shape(
@@ -51,6 +62,7 @@ SIZES = {
 }
 CAPS_GB = (8, 10, 12, 16, 24)
 COMPILED = 12
+POINTS = 150
 HELD_OUT = 3
 """One row in so many, by its hash, is not to be looked at when the table is corrected."""
 
@@ -95,6 +107,8 @@ def grid(dry: bool) -> Iterator[Point]:
         ("127M modern", {"dtype": "float32", "loss": "full"}),
         ("124M", {"dtype": "pure-bfloat16", "optimizer": "adamw-stochastic"}), ("355M", {"optimizer": "adamw-offload"}),
         ("355M", {"optimizer": "adamw-in-backward"}), ("127M modern", {"checkpointing": "selective", "grad_accum": 2}),
+        ("64M", {"batch_size": 16}), ("112M", {"loss": "full"}), ("58M", {"loss": "full", "workload": "nanogpt"}),
+        ("124M", {"dtype": "float16", "loss": "full", "workload": "nanogpt"}), ("355M", {"dtype": "float16"}),
     ]  # fmt: skip
     compiled = [
         ("124M", {}), ("124M", {"loss": "full"}), ("124M", {"loss": "full", "workload": "nanogpt"}),
@@ -124,6 +138,26 @@ def _point(size: str, step: StepConfig, dry: bool) -> Point:
     return Point(shape, step)
 
 
+def sampled(count: int, most_bytes: int) -> Iterator[Point]:
+    """Random legal eager points, always the same ones, whose tensors fit; for when the chosen ones are done."""
+    rng = random.Random(0)
+    known: set[str] = set()
+    while len(known) < count:
+        workload = rng.choice(("vramplan", "vramplan", "nanogpt", "autocast"))
+        ours = workload == "vramplan"
+        step = StepConfig(
+            batch_size=rng.choice((1, 2, 4, 8, 16, 32)), grad_accum=rng.choice((1, 2, 4)), workload=workload,
+            dtype=rng.choice(("bfloat16", "float32", "float16")), loss=rng.choice(("chunked", "full")) if ours else "full",
+            checkpointing=rng.choice(("none", "block", "selective")) if ours else "none",
+        )  # fmt: skip
+        named = [shape for name, shape in SIZES.items() if ours or not shape.variant]
+        point = Point(replace(rng.choice(named), block_size=rng.choice((256, 512, 1024, 2048))), step, why="sampled")
+        fits = int(peak_allocated(point.shape, step)) < most_bytes
+        if fits and not check(point.shape, step) and point.key not in known:
+            known.add(point.key)
+            yield point
+
+
 def recommended(gpu: Gpu | None) -> Iterator[Point]:
     """The plan that the planner recommends for targets under each cap, to be run under it."""
     for cap in CAPS_GB:
@@ -146,13 +180,35 @@ def row(point: Point, measured: CardMeasurement, gpu: Gpu | None, card: str) -> 
     full = estimate(point.shape, point.step, gpu)
     model = {name: getattr(point.shape, name) for name in Shape.__dataclass_fields__}
     step = {name: getattr(point.step, name) for name in StepConfig.__dataclass_fields__}
+    found = asdict(measured)
+    found["final_loss"] = found.pop("loss")  # the configuration has a loss of its own
+    whole = measured.outcome == "fits"
+    found["peak_mib"] = found["allocated_bytes"] / MIB if whole and found["allocated_bytes"] else None
+    found["reserved_gib"] = found["reserved_bytes"] / GIB if whole and found["reserved_bytes"] else None
     return {
         "name": f"{point.shape.label} {point.step.workload} {point.step.dtype} b{point.step.batch_size}", "gpu": card,
         **model, **step, "key": point.key, "why": point.why, "cap_bytes": point.cap_bytes,
-        "held_out": int(point.key, 16) % HELD_OUT == 0, "torch": torch.__version__, "vramplan": __version__,
-        **asdict(measured), "estimated_allocated_bytes": full.peak_allocated_bytes,
+        "held_out": int(point.key, 16) % HELD_OUT == 0, "torch": ".".join(map(str, release(torch.__version__))),
+        "torch_build": torch.__version__, "vramplan": __version__, "attention": kernel_of(point.step), **found,
+        "estimated_allocated_bytes": full.peak_allocated_bytes,
         "estimated_reserved_bytes": full.peak_reserved_bytes, "source": "benchmarks/card_campaign.py",
     }  # fmt: skip
+
+
+def kernel_of(step: StepConfig) -> str:
+    """The attention kernel that the table is written for, by torch's name of the backend."""
+    if step.device == "cpu":
+        return ""
+    return "FLASH_ATTENTION" if step.half else "EFFICIENT_ATTENTION"
+
+
+@contextlib.contextmanager
+def forced(step: StepConfig) -> Iterator[None]:
+    """No other attention kernel runs within; a step that needs another fails."""
+    with contextlib.ExitStack() as stack:
+        if kernel_of(step):
+            stack.enter_context(sdpa_kernel([getattr(SDPBackend, kernel_of(step))]))
+        yield
 
 
 def traces(directory: Path, device: torch.device) -> None:
@@ -163,7 +219,8 @@ def traces(directory: Path, device: torch.device) -> None:
         StepConfig(batch_size=8, loss="full", workload="nanogpt"),
     ):  # fmt: skip
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python", context=None)
-        measure_card(shape, step, device, steps=3)
+        with forced(step):
+            measure_card(shape, step, device, steps=3)
         snapshot = torch.cuda.memory._snapshot(device)
         torch.cuda.memory._record_memory_history(enabled=None)
         events = [[e["action"], e["size"], e["addr"]] for e in snapshot["device_traces"][device.index or 0]]
@@ -176,7 +233,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="stop before so many minutes have passed")
     parser.add_argument("--out", type=Path, default=Path("card_campaign.jsonl"))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on this CPU: does the program work?")
+    parser.add_argument("--most", type=int, help="stop after so many new points")
     arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; --dry-run runs the same program on the CPU")
     end = time.monotonic() + 60 * arguments.minutes
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     live = None if arguments.dry_run else live_gpu()
@@ -190,28 +250,42 @@ def main() -> None:
         if arguments.out.exists()
         else set()
     )
-    points = [*grid(arguments.dry_run), *(() if arguments.dry_run else recommended(gpu))]
-    eager_first = sorted(points, key=lambda p: p.step.compile)
+    points = list(grid(arguments.dry_run))
+    if live:
+        points += recommended(gpu)
+        points += sampled(POINTS - len(points), int(0.8 * live.free_bytes))
+    new = {point.key: point for point in points if point.key not in done and not check_step(point.step)}
+    eager_first = sorted(new.values(), key=lambda point: point.step.compile)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("a", encoding="utf-8") as out:
-        for point in eager_first:
-            if point.key in done or check_step(point.step):
-                continue
+        for point in eager_first[: arguments.most]:
             if time.monotonic() > end - (40 if point.step.compile else 8):
                 print("time is up", file=sys.stderr)
                 break
             try:
-                measured = measure_card(point.shape, point.step, device, cap_bytes=point.cap_bytes)
+                with forced(point.step):
+                    measured = measure_card(point.shape, point.step, device, cap_bytes=point.cap_bytes)
             except Exception as error:  # one point that fails for another reason must not cost the others
                 print(f"{point}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             found = row(point, measured, gpu, card)
             out.write(json.dumps(found) + "\n")
             out.flush()
-            done.add(point.key)
             _show(found)
+    _errors([json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()])
     if device.type == "cuda" and time.monotonic() < end:
         traces(arguments.out.parent, device)
+
+
+def _errors(rows: list[dict[str, Any]]) -> None:
+    """What the estimates were off by, for the rows that were held out and for the others."""
+    for words, held_out in (("held out", True), ("others", False)):
+        for kind, name in (("allocated", "peak_mib"), ("reserved", "reserved_gib")):
+            chosen = [row for row in rows if row["held_out"] is held_out and row[name]]
+            errors = [abs(row[f"estimated_{kind}_bytes"] / row[f"{kind}_bytes"] - 1) for row in chosen]
+            if errors:
+                figures = f"median {statistics.median(errors):.3%}, worst {max(errors):.3%}"
+                print(f"{words}: {kind} {figures} of {len(errors)} rows")
 
 
 def _show(found: dict[str, Any]) -> None:

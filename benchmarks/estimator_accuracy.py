@@ -33,7 +33,7 @@ from vramplan.planner.step import StepConfig
 from vramplan.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
-STEP_FIELDS = ("batch_size", "grad_accum", "dtype", "compile", "loss", "optimizer", "workload", "dropout", "torch")
+STEP_FIELDS = tuple(StepConfig.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Row:
     measured_bytes: int
 
 
-def measured_rows() -> Iterator[Row]:
+def measured_rows(folder: Path = ROOT / "tests/data/measured") -> Iterator[Row]:
     """The rows of tests/data/measured that state a peak."""
-    for path in sorted((ROOT / "tests/data/measured").glob("*.jsonl")):
+    for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             peak, reserved = row.get("peak_mib"), row.get("reserved_gib")
@@ -58,8 +58,10 @@ def measured_rows() -> Iterator[Row]:
                 continue
             shape = Shape(**{name: row[name] for name in SHAPE_FIELDS if name in row})
             step = StepConfig(**{name: row[name] for name in STEP_FIELDS if name in row})
-            kind, size = ("allocated", peak * MIB) if peak is not None else ("reserved", reserved * GIB)
-            yield Row(row["name"], shape, step, row["gpu"], kind, int(size))
+            if peak is not None:
+                yield Row(row["name"], shape, step, row["gpu"], "allocated", int(peak * MIB))
+            if reserved is not None:
+                yield Row(row["name"], shape, step, row["gpu"], "reserved", int(reserved * GIB))
 
 
 def cpu_rows() -> Iterator[Row]:
