@@ -147,7 +147,8 @@ def sampled(count: int, most_bytes: int) -> Iterator[Point]:
         ours = workload == "vramplan"
         step = StepConfig(
             batch_size=rng.choice((1, 2, 4, 8, 16, 32)), grad_accum=rng.choice((1, 2, 4)), workload=workload,
-            dtype=rng.choice(("bfloat16", "float32", "float16")), loss=rng.choice(("chunked", "full")) if ours else "full",
+            dtype=rng.choice(("bfloat16", "float32", "float16")),
+            loss=rng.choice(("chunked", "full")) if ours else "full",
             checkpointing=rng.choice(("none", "block", "selective")) if ours else "none",
         )  # fmt: skip
         named = [shape for name, shape in SIZES.items() if ours or not shape.variant]

@@ -27,6 +27,10 @@ from .tape import CATEGORIES, Change, Tape, Unrolled, peak, unroll
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
 
+NARROW_FLASH, FLASH_TRAINS = ((8, 6), (8, 9), (12, 0)), 192
+"""Where FlashAttention's backward takes no wider heads (ATen transformers/cuda/sdp_utils.cpp), and how wide they may
+be; beyond 224 it does, but not with dropout."""
+
 CPU_PROCESS_BYTES = 300 * MIB
 """Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
 
@@ -99,8 +103,8 @@ def state_bytes(shape: Shape, step: StepConfig) -> Ints:
 
 
 def is_traced(torch_version: str) -> bool:
-    """Whether the compiled table is known to hold for this release; empty is the newest that it was read from."""
-    return not torch_version or TRACED_TORCH[0] <= release(torch_version) <= TRACED_TORCH[-1]
+    """Whether the compiled table was read from this release; empty is the newest of them."""
+    return not torch_version or release(torch_version) in TRACED_TORCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ class Estimate:
     @property
     def caveats(self) -> tuple[str, ...]:
         """Why this configuration lies outside what the tensor table knows; empty when it does not."""
-        why = self._attention_outside() or self._compiled_outside()
+        why = self._attention_outside() or self._compiled_outside() or self._release_outside()
         return (f"Outside the model: {why}.",) if why else ()
 
     def _attention_outside(self) -> str:
@@ -167,8 +171,15 @@ class Estimate:
                 f"fused attention takes no float32 heads of {width}, no multiple of 4; the scores that are then held "
                 "are not counted"
             )
-        if half and self.capability < (8, 0) and (self.shape.grouped or width % 8):
-            return "what attention keeps of grouped or padded heads where there is no FlashAttention (before Ampere)"
+        if half and self.capability < (8, 0):
+            return "attention's rows are FlashAttention's, which cards before Ampere do not have"
+        if (
+            half
+            and self.capability in NARROW_FLASH
+            and (FLASH_TRAINS < width <= 224 or (width > 224 and self.step.dropout))
+        ):
+            scores = "the scores of grouped heads, which are then held, are" if self.shape.grouped else "its rows are"
+            return f"FlashAttention does not train heads of {width} on this architecture; {scores} not counted"
         return ""
 
     def _compiled_outside(self) -> str:
@@ -182,9 +193,16 @@ class Estimate:
         if shape.mlp == "swiglu" and step.checkpointing == "block":
             return "a compiled gated MLP that is recomputed needed up to 5 % more on a CPU than it says here"
         if not is_traced(step.torch):
-            first, last = (".".join(map(str, version)) for version in (TRACED_TORCH[0], TRACED_TORCH[-1]))
-            return f"what torch {step.torch} keeps when it compiles was not traced, only {first} to {last}"
+            *others, last = (".".join(map(str, version)) for version in TRACED_TORCH)
+            return f"what torch {step.torch} keeps when it compiles was not traced, only {', '.join(others)} and {last}"
         return ""
+
+    def _release_outside(self) -> str:
+        first, last = TRACED_TORCH[0], TRACED_TORCH[-1]
+        if not self.step.torch or first <= release(self.step.torch) <= last:
+            return ""
+        known = " to ".join(".".join(map(str, version)) for version in (first, last))
+        return f"what torch {self.step.torch} allocates; the rows are those of {known}"
 
     @cached_property
     def alive_at_peak(self) -> tuple[TensorBytes, ...]:
