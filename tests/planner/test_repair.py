@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -47,13 +48,21 @@ def test_no_smaller_set_of_changes_fits_and_none_as_small_is_faster(budget_gib: 
                 assert tokens_per_second(GPT2, other, CARD) <= own * 1.0001, other
 
 
-def test_eight_bit_states_are_the_last_resort() -> None:
-    step = StepConfig(batch_size=1, grad_accum=1, checkpointing="block", loss_chunk_tokens=512)
-    need = needed_for(estimate(GPT2, step, CARD), RISK)
-    compiled = needed_for(estimate(GPT2, replace(step, compile=True), CARD), RISK)
-    found = smallest_repair(GPT2, step, CARD, int(min(need, compiled) - 0.2 * GIB), RISK)
+def barely_too_little(step: StepConfig) -> int:
+    """A budget that the step misses, compiled as well as eager, when nothing else is left to save."""
+    return int(min(needed_for(estimate(GPT2, replace(step, compile=c), CARD), RISK) for c in (False, True)) - 0.1 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "instead"),
+    [("adamw-foreach", "adamw-fused"), ("adamw-fused", "adamw-offload"), ("muon", "adamw8bit")],
+)
+def test_another_optimizer_is_taken_when_it_must_be(optimizer: Any, instead: str) -> None:
+    """The fused update where it is enough, then states in host memory, and states of 8 bits as the last resort."""
+    step = StepConfig(batch_size=1, grad_accum=1, checkpointing="block", loss_chunk_tokens=512, optimizer=optimizer)
+    found = smallest_repair(GPT2, step, CARD, barely_too_little(step), RISK)
     assert found is not None
-    assert found.step.optimizer == "adamw8bit"
+    assert found.step.optimizer == instead
 
 
 def test_nothing_fits_a_budget_below_the_weights() -> None:

@@ -115,6 +115,10 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
         yield "float16 (the same two bytes)", shape, replace(step, dtype="float16"), True
     else:
         yield "float32", shape, replace(step, dtype="float32"), True
+    if step.optimizer == "adamw-foreach":
+        yield "fused AdamW", shape, replace(step, optimizer="adamw-fused"), False
+    if step.optimizer in ("adamw-fused", "adamw-foreach"):
+        yield "AdamW states in host memory", shape, replace(step, optimizer="adamw-offload"), False
     if step.optimizer != "adamw8bit" and step.workload == "vramplan":
         yield "8-bit AdamW states", shape, replace(step, optimizer="adamw8bit"), True
     if step.device == "cuda":

@@ -53,16 +53,25 @@ def smallest_repair(
 ) -> Repair | None:  # fmt: skip
     """The fewest changes after which the same optimizer step fits, and of those the fastest; None when none does.
 
-    Shape, tokens per step and dtype stay. 8-bit optimizer states, which change the numerics, are the last resort.
+    Shape, tokens per step and dtype stay. States in host memory, which cost much time, are looked at when nothing else
+    does, and 8-bit states, which change the numerics, last.
     """
-    own: tuple[Optimizer, ...] = (step.optimizer,)
-    more: tuple[Optimizer, ...] = (step.optimizer, "adamw8bit")
-    tries = [own] if step.workload != "vramplan" or step.optimizer == "adamw8bit" else [own, more]
-    for optimizers in tries:
+    for optimizers in _optimizers(step):
         found = _search(shape, step, gpu, budget_bytes, max_risk, optimizers, settings)
         if found is not None:
             return found
     return None
+
+
+def _optimizers(step: StepConfig) -> list[tuple[Optimizer, ...]]:
+    """Which optimizers may be taken: at first, when that is not enough, and as the last resort."""
+    own: tuple[Optimizer, ...] = (step.optimizer,)
+    if step.optimizer == "adamw-foreach":
+        own = (*own, "adamw-fused")
+    if step.workload != "vramplan" or step.optimizer == "adamw8bit":
+        return [own]
+    offloaded: tuple[Optimizer, ...] = (*own, "adamw-offload") if len(own) > 1 or own[0] == "adamw-fused" else own
+    return [own, *([offloaded] if offloaded != own else []), (*offloaded, "adamw8bit")]
 
 
 def _search(
