@@ -7,6 +7,7 @@ sources named beside the rows. For the widths e, w, r, h and N see :mod:`state_r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -327,7 +328,7 @@ class Operations(StateRows):
     # Heads that are no multiple of 8 wide are padded: FlashAttention takes no others, and scaled_dot_product_attention
     # then keeps padded copies of q, k, v and its output (ATen transformers/attention.cpp, pad_last_dim).
 
-    @property
+    @cached_property
     def pads(self) -> bool:
         """Whether any candidate's heads are padded."""
         return self.cuda and self.step.half and bool(np.any(np.asarray(self.shape.head_dim) % 8 != 0))

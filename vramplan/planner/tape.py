@@ -42,7 +42,7 @@ class Row:
     @property
     def total(self) -> Ints:
         """Bytes of all its equals together."""
-        return self.size * self.times
+        return self.size if self.times == 1 else self.size * self.times
 
 
 @dataclass(frozen=True, slots=True)
