@@ -14,7 +14,7 @@ from .memory import Estimate, context_bytes, estimate, peak_allocated
 from .risk import needed_bytes, needed_for
 from .shape import Shape, divisors
 from .speed import tokens_per_second
-from .step import CHECKPOINTING_WORDS, DType, StepConfig, check_step
+from .step import CHECKPOINTING_WORDS, OPTIMIZER_WORDS, DType, StepConfig, check_step
 
 LEVER_CHUNK = 4096
 """Tokens per slice when the chunked loss is offered as a lever: the fastest that the search tries."""
@@ -116,11 +116,11 @@ def _neighbours(shape: Shape, step: StepConfig, gpu: Gpu | None) -> Iterator[tup
     else:
         yield "float32", shape, replace(step, dtype="float32"), True
     if step.optimizer == "adamw-foreach":
-        yield "fused AdamW", shape, replace(step, optimizer="adamw-fused"), False
+        yield OPTIMIZER_WORDS["adamw-fused"], shape, replace(step, optimizer="adamw-fused"), False
     if step.optimizer in ("adamw-fused", "adamw-foreach"):
-        yield "AdamW states in host memory", shape, replace(step, optimizer="adamw-offload"), False
+        yield OPTIMIZER_WORDS["adamw-offload"], shape, replace(step, optimizer="adamw-offload"), False
     if step.optimizer != "adamw8bit" and step.workload == "vramplan":
-        yield "8-bit AdamW states", shape, replace(step, optimizer="adamw8bit"), True
+        yield OPTIMIZER_WORDS["adamw8bit"], shape, replace(step, optimizer="adamw8bit"), True
     if step.device == "cuda":
         yield ("eager" if step.compile else "compiled"), shape, replace(step, compile=not step.compile), False
     if shape.block_size % 2 == 0:

@@ -27,9 +27,9 @@ from .tape import CATEGORIES, Change, Tape, Unrolled, peak, unroll
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
 
-NARROW_FLASH, FLASH_TRAINS = ((8, 6), (8, 9), (12, 0)), 192
-"""Where FlashAttention's backward takes no wider heads (ATen transformers/cuda/sdp_utils.cpp), and how wide they may
-be; beyond 224 it does, but not with dropout."""
+NARROW_FLASH = ((8, 6), (8, 9), (12, 0))
+"""Where FlashAttention has no backward for heads of 193 to 224, nor with dropout for wider ones (ATen
+transformers/cuda/sdp_utils.cpp)."""
 
 CPU_PROCESS_BYTES = 300 * MIB
 """Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
@@ -173,11 +173,8 @@ class Estimate:
             )
         if half and self.capability < (8, 0):
             return "attention's rows are FlashAttention's, which cards before Ampere do not have"
-        if (
-            half
-            and self.capability in NARROW_FLASH
-            and (FLASH_TRAINS < width <= 224 or (width > 224 and self.step.dropout))
-        ):
+        wide = 192 < width <= 224 or (width > 224 and self.step.dropout > 0)
+        if half and wide and self.capability in NARROW_FLASH:
             scores = "the scores of grouped heads, which are then held, are" if self.shape.grouped else "its rows are"
             return f"FlashAttention does not train heads of {width} on this architecture; {scores} not counted"
         return ""

@@ -18,7 +18,7 @@ from .risk import OomRisk, needed_for, risk_of
 from .search import Grid, Ranking, confirm, quality_price, rank
 from .shape import PADDED_GPT2_VOCAB, TOKENS_PER_PARAMETER, Shape, awkward, legal_neighbours
 from .speed import flops_per_token, matmul_dtype, mfu, seconds_to_tokens, tokens_per_second
-from .step import CHECKPOINTING_WORDS, StepConfig, tokens_per_step
+from .step import CHECKPOINTING_WORDS, OPTIMIZER_WORDS, StepConfig, tokens_per_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +210,7 @@ def differences(step: StepConfig, other: StepConfig) -> list[str]:
     if step.checkpointing != other.checkpointing:
         words.append(CHECKPOINTING_WORDS[step.checkpointing])
     if step.optimizer != other.optimizer:
-        words.append({"adamw8bit": "8-bit AdamW states"}.get(step.optimizer, step.optimizer))
+        words.append(OPTIMIZER_WORDS.get(step.optimizer, step.optimizer))
     if step.dtype != other.dtype:
         words.append(step.dtype)
     return words

@@ -134,6 +134,13 @@ CONFLICTS = (
 """What cannot be combined; planner, validator and search all read it. Clipping is another (``runconfig``): a gradient
 that is used up in the backward has no global norm yet."""
 
+OPTIMIZER_WORDS: dict[Optimizer, str] = {
+    "adamw-fused": "fused AdamW",
+    "adamw8bit": "8-bit AdamW states",
+    "adamw-offload": "AdamW states in host memory",
+}
+"""What a change to one of these is called; others go by their name."""
+
 CHECKPOINTING_WORDS: dict[Checkpointing, str] = {
     "none": "no activation checkpointing",
     "selective": "selective checkpointing",
