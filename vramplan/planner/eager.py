@@ -244,10 +244,10 @@ class EagerStep(LossRows):
         Resuming takes nothing on the card that the run does not keep: it is read into host memory.
         """
         sums = []
-        for _, _, copies in self._parameters():
+        for copies, tensors in self._parameters:
             with self.tape.repeat(copies):
-                sums.append(self.new("sum of a weight", "temporaries", 4))
-        for _, _, copies in self._parameters():
+                sums.append(self.new("sum of a weight", "temporaries", 4, times=len(tensors)))
+        for copies, _ in self._parameters:
             with self.tape.repeat(copies):
                 del sums[0]
 

@@ -27,9 +27,7 @@ class Sampling(EagerStep):
         t.phase = "persistent"
         if self.workspace_bytes:
             t.new("cuBLAS workspace", "workspace", self.workspace_bytes)
-        for name, elements, copies in self._parameters():
-            with t.repeat(copies):
-                t.new(name, "weights", self.w * elements)
+        self._weights()
         self._rotary_tables()
         with t.repeat(s.n_layer):
             t.new("cache of keys and values", "activations", self.e * batch * s.block_size * s.kv_width, times=2)

@@ -6,8 +6,8 @@ dtype, w = bytes of a weight (and its gradient and moments), r = bytes of the re
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
+from functools import cached_property, reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,21 @@ from .tape import Tape
 
 STOCHASTIC_SLICE = 2**22
 """Elements that the stochastically rounding optimizer works on at once: its float32 temporaries stay small."""
+
+
+class Parameter(NamedTuple):
+    """A parameter tensor, how many elements it has, and its bytes as the allocator hands them out."""
+
+    name: str
+    elements: Ints
+    size: Ints
+
+
+class Parameters(NamedTuple):
+    """Parameter tensors of which there are ``copies`` each."""
+
+    copies: Ints
+    tensors: list[Parameter]
 
 
 class StateRows(Graph):
@@ -46,26 +61,53 @@ class StateRows(Graph):
         self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
         super().__init__(Tape(MIN_BLOCK if self.cuda else 1))
 
-    def _parameters(self) -> list[tuple[str, Ints, Ints]]:
-        """(name, elements, copies) of every parameter tensor; block tensors are repeated n_layer times."""
+    @cached_property
+    def _parameters(self) -> list[Parameters]:
+        """Every parameter tensor, in the order in which the model lists them."""
         s, h = self.shape, self.h
-        block: list[tuple[str, Ints]] = [
-            ("ln_1.weight", h), ("attn.qkv.weight", s.qkv_width * h), ("attn.proj.weight", h * h),
-            ("ln_2.weight", h), ("mlp.fc.weight", s.fc_width * h), ("mlp.proj.weight", h * s.mlp_width),
-        ]  # fmt: skip
-        if s.bias:
-            block += [("attn.qkv.bias", s.qkv_width), ("attn.proj.bias", h)]
-            block += [("mlp.fc.bias", s.fc_width), ("mlp.proj.bias", h)]
-        outer: list[tuple[str, Ints]] = [("wte", s.vocab_size * h)]
+
+        def parameter(name: str, elements: Ints) -> Parameter:
+            return Parameter(name, elements, self.tape.rounded(self.w * elements))
+
+        def norm(name: str) -> list[Parameter]:
+            return [parameter(f"{name}.{part}", h) for part in ("weight", "bias") if part == "weight" or s.norm_bias]
+
+        def linear(name: str, n_out: Ints, n_in: Ints) -> list[Parameter]:
+            weight = parameter(f"{name}.weight", n_out * n_in)
+            return [weight, parameter(f"{name}.bias", n_out)] if s.bias else [weight]
+
+        outer = [parameter("wte", s.vocab_size * h)]
         if s.positions == "learned":
-            outer.append(("wpe", s.block_size * h))
-        outer.append(("ln_f.weight", h))
-        if s.norm_bias:
-            block += [("ln_1.bias", h), ("ln_2.bias", h)]
-            outer.append(("ln_f.bias", h))
+            outer.append(parameter("wpe", s.block_size * h))
         if not s.tied:
-            outer.append(("lm_head", s.vocab_size * h))
-        return [(n, k, 1) for n, k in outer] + [(n, k, s.n_layer) for n, k in block]
+            outer.append(parameter("lm_head", s.vocab_size * h))
+        block = [
+            *norm("ln_1"), *linear("attn.qkv", s.qkv_width, h), *linear("attn.proj", h, h),
+            *norm("ln_2"), *linear("mlp.fc", s.fc_width, h), *linear("mlp.proj", h, s.mlp_width),
+        ]  # fmt: skip
+        return [Parameters(1, outer), Parameters(s.n_layer, block), Parameters(1, norm("ln_f"))]
+
+    def _parameter_groups(self) -> list[list[Parameters]]:
+        """The same as the optimizer has them: what Muon updates, then matrices, which decay, and vectors.
+
+        The hand-written loops have one group.
+        """
+        if self.step.workload in ("autocast", "plain"):
+            return [self._parameters]
+
+        def kind(name: str) -> int:
+            return 2 if not _is_matrix(name) else 0 if self._by_muon(name) else 1
+
+        groups: list[list[Parameters]] = [[], [], []]
+        for copies, tensors in self._parameters:
+            for number, group in enumerate(groups):
+                if own := [tensor for tensor in tensors if kind(tensor.name) == number]:
+                    group.append(Parameters(copies, own))
+        return [group for group in groups if group]
+
+    def _by_muon(self, name: str) -> bool:
+        """Whether Muon updates this parameter: the blocks' matrices."""
+        return self.step.optimizer == "muon" and name.startswith(("attn.", "mlp.")) and _is_matrix(name)
 
     def write_state(self) -> None:
         """Write only what lives as long as the run: weights, optimizer states, workspaces."""
@@ -79,13 +121,23 @@ class StateRows(Graph):
             t.new("cuBLAS workspace", "workspace", self.workspace_bytes, times=2)
         if self.step.dtype == "float16":
             t.new("loss scale and growth tracker", "optimizer", 4, times=2)
-        for name, elements, copies in self._parameters():
-            with t.repeat(copies):
-                t.new(name, "weights", self.w * elements)
-                self._optimizer_state(name, elements)
+        self._weights()
+        for group in self._parameter_groups():
+            for copies, tensors in group:
+                with t.repeat(copies):
+                    for tensor in tensors:
+                        self._optimizer_state(*tensor)
         if self.step.optimizer == "adamw8bit":
             t.new("quantisation maps", "optimizer", 1024, times=2)
         self._rotary_tables()
+
+    def _weights(self) -> None:
+        """In the order in which they reach the card: a module's own come after those of the modules in it."""
+        outer, *others = self._parameters
+        for copies, tensors in (outer, *others) if self.script else (*others, outer):
+            with self.tape.repeat(copies):
+                for name, _, size in tensors:
+                    self.tape.keep(name, "weights", size)
 
     def _rotary_tables(self) -> None:
         s = self.shape
@@ -99,45 +151,45 @@ class StateRows(Graph):
         In a script it appears in the first micro-step's backward and goes after the update; then it is None.
         """
         if self.accumulates:
-            for name, elements, copies in self._parameters():
+            for copies, tensors in self._parameters:
                 with self.tape.repeat(copies):
-                    self.tape.new(f"{name} gradient", "gradients", self.w * elements)
+                    for name, _, size in tensors:
+                        self.tape.keep(f"{name} gradient", "gradients", size)
 
-    def _optimizer_state(self, name: str, elements: Ints) -> None:
+    def _optimizer_state(self, name: str, elements: Ints, size: Ints) -> None:
         """AdamW's two moments. 8-bit: blocks of 256 with a float32 scale, tensors under 4096 elements in float32
         (bitsandbytes optim/optimizer.py, Optimizer2State.init_state). Muon: one momentum for matrices of the blocks."""
         t = self.tape
         if self.step.optimizer == "adamw-offload":
             return
-        if self.step.optimizer == "muon" and _muon(name):
-            t.new(f"{name} momentum", "optimizer", self.w * elements)
+        if self._by_muon(name):
+            t.keep(f"{name} momentum", "optimizer", size)
             return
         if self.step.optimizer == "adamw8bit":
             small = np.asarray(elements) < 4096
-            state = np.where(small, 4 * elements, elements)
-            scales = np.where(small, 0, 4 * -(-elements // 256))
+            state = t.rounded(plain(np.where(small, 4 * elements, elements)))
+            scales = t.rounded(plain(np.where(small, 0, 4 * -(-elements // 256))))
             for moment in ("exp_avg", "exp_avg_sq"):
-                t.new(f"{name} {moment}", "optimizer", plain(state))
-                t.new(f"{name} {moment} scales", "optimizer", plain(scales))
+                t.keep(f"{name} {moment}", "optimizer", state)
+                t.keep(f"{name} {moment} scales", "optimizer", scales)
             return
-        t.new(f"{name} exp_avg", "optimizer", self.w * elements)
-        t.new(f"{name} exp_avg_sq", "optimizer", self.w * elements)
+        t.keep(f"{name} exp_avg", "optimizer", size)
+        t.keep(f"{name} exp_avg_sq", "optimizer", size)
         if self.step.optimizer != "adamw-stochastic" and not (self.cuda and self.step.optimizer == "adamw-foreach"):
             t.new(f"{name} step", "optimizer", 4)  # foreach keeps its counters on the CPU, ours is no tensor
 
     def _optimizer(self) -> None:
         if self.step.optimizer == "adamw-foreach":
-            # sqrt of all second moments of a parameter group at once (torch/optim/adam.py, _multi_tensor_adam); the
-            # hand-written loop has one group, the others one for matrices, which are nearly all, and one for the rest
-            t, one_group = self.tape, self.step.workload in ("autocast", "plain")
-            group = [(n, k, c) for n, k, c in self._parameters() if one_group or _is_matrix(n)]
-            for name, elements, copies in group:
-                with t.repeat(copies):
-                    t.new(f"{name} denominator", "temporaries", self.w * elements)
+            # sqrt of all second moments of a parameter group at once (torch/optim/adam.py, _multi_tensor_adam); of two
+            # groups that of the matrices, which are nearly all, comes first
+            for copies, tensors in self._parameter_groups()[0]:
+                with self.tape.repeat(copies):
+                    for name, _, size in tensors:
+                        self.tape.keep(f"{name} denominator", "temporaries", size)
         elif self.step.optimizer == "muon":
             self._newton_schulz()
         elif self.step.optimizer == "adamw-stochastic":
-            largest = reduce(np.maximum, (elements for _, elements, _ in self._parameters()))
+            largest = reduce(np.maximum, (tensor.elements for _, tensors in self._parameters for tensor in tensors))
             piece = 4 * np.minimum(largest, STOCHASTIC_SLICE)
             names = ("gradient", "first moment", "second moment", "rounding")
             taken = [self.new(f"a slice's {name}, float32", "temporaries", plain(piece)) for name in names[:3]]
@@ -154,11 +206,6 @@ class StateRows(Graph):
         gram = [self.new("Gram matrix", "temporaries", 2 * narrow * narrow) for _ in range(2)]
         following = self.new("Newton-Schulz iterate", "temporaries", 2 * widest * h)
         del update, iterate, gram, following
-
-
-def _muon(name: str) -> bool:
-    """Whether Muon updates this parameter: the blocks' matrices."""
-    return name.startswith(("attn.", "mlp.")) and name.endswith(".weight")
 
 
 def _is_matrix(name: str) -> bool:

@@ -78,10 +78,21 @@ class Tape:
         self._open = [self.events]
         self._living: dict[int, list[int]] = {}
 
+    def rounded(self, n_bytes: Ints) -> Ints:
+        """As many bytes as the allocator hands out."""
+        g = self.granularity
+        return (n_bytes + (g - 1)) & -g if g > 1 else n_bytes
+
     def row(self, name: str, category: Category, n_bytes: Ints, times: int = 1) -> Row:
         """Declare a tensor of ``n_bytes`` without allocating it yet."""
-        g = self.granularity
-        row = Row(len(self.rows), name, category, (n_bytes + (g - 1)) & -g if g > 1 else n_bytes, times)
+        return self._declare(name, category, self.rounded(n_bytes), times)
+
+    def keep(self, name: str, category: Category, size: Ints) -> None:
+        """Declare and allocate a tensor whose ``size`` is :meth:`rounded` already."""
+        self.alloc(self._declare(name, category, size, 1))
+
+    def _declare(self, name: str, category: Category, size: Ints, times: int) -> Row:
+        row = Row(len(self.rows), name, category, size, times)
         self.rows.append(row)
         return row
 
@@ -123,6 +134,9 @@ class Tape:
     @contextmanager
     def repeat(self, count: Ints) -> Iterator[None]:
         """Record the events inside once, to happen ``count`` times (at least once)."""
+        if isinstance(count, int) and count == 1:
+            yield
+            return
         body = Repeat(count)
         self._open[-1].append(body)
         self._open.append(body.events)
