@@ -74,7 +74,7 @@ def measured(shape: Shape, step: StepConfig) -> Timeline:
             yield
 
     autocast: Callable[..., Any] = mock.patch.object(torch, "autocast", casts)
-    with FakeTensorMode(), cuda_operators(step), autocast, TensorMeter(granularity=512) as meter:
+    with FakeTensorMode(), cuda_operators(shape, step), autocast, TensorMeter(granularity=512) as meter:
         loop = ScriptLoop(shape, step, torch.device("cpu"))
 
         def draw() -> tuple[Tensor, Tensor]:
@@ -111,6 +111,7 @@ def table_peak(e: Estimate) -> int:
         (GPT2, {"workload": "nanogpt"}),
         (replace(GPT2, bias=True), {"workload": "nanogpt", "grad_accum": 2, "dropout": 0.1}),
         (FEW_WORDS, {"workload": "nanogpt", "batch_size": 16}),
+        (replace(FEW_WORDS, n_head=4, n_embd=172), {"workload": "nanogpt"}),
     ],
 )
 def test_the_table_of_a_script_is_what_its_loop_needs(shape: Shape, settings: dict[str, Any], dtype: Any) -> None:

@@ -122,8 +122,8 @@ def test_a_compiled_gated_mlp_that_is_recomputed_is_said_to_be_outside() -> None
         ("t4", {"n_kv_head": 4}, {"dtype": "float16"}, "before Ampere"),
         ("t4", {"n_embd": 720}, {"dtype": "float16"}, "before Ampere"),
         ("t4", {}, {"dtype": "float16"}, "before Ampere"),
-        ("4070", {"n_head": 4, "n_embd": 832}, {}, "does not train heads of 208"),
-        ("4070", {"n_head": 4, "n_embd": 832, "n_kv_head": 2}, {}, "scores of grouped heads"),
+        ("4070", {"n_head": 4, "n_embd": 832}, {}, "does not train bfloat16 heads of 208"),
+        ("4070", {"n_head": 4, "n_embd": 832, "n_kv_head": 2}, {}, "memory-efficient kernel"),
         ("4070", {"n_head": 4, "n_embd": 1024}, {"dropout": 0.1, "workload": "plain", "loss": "full"}, "heads of 256"),
     ],
 )

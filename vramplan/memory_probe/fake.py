@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, Problem
 from ..planner.allocator import MIN_BLOCK
+from ..planner.attention import KERNELS, Capability, Kernel, kernel_numbers
+from ..planner.memory import DEFAULT_CAPABILITY
 from ..planner.shape import Shape
 from ..planner.step import StepConfig, check
 from ..trainer import model, pointwise
@@ -29,15 +31,24 @@ from .cpu import StepMeasurement, follow, measurement, random_batches
 from .meter import TensorMeter
 
 
-def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_clip: float = 1.0) -> StepMeasurement:
+def measure_fake_step(
+    shape: Shape,
+    step: StepConfig,
+    *,
+    steps: int = 2,
+    grad_clip: float = 1.0,
+    capability: Capability = DEFAULT_CAPABILITY,
+) -> StepMeasurement:
     """Run ``steps`` eager optimizer steps and an evaluation; figures are those of the last step and the evaluation.
+
+    For CUDA the attention kernel is the one that a card of ``capability`` picks.
 
     Raises ConfigError for settings that fake tensors cannot follow: compiled steps, float16 (its loss scaler looks at
     values; bfloat16 has the same memory) and 8-bit states (a library's own kernels).
     """
     _check(shape, step)
     granularity = MIN_BLOCK if step.device == "cuda" else 1
-    with FakeTensorMode(), cuda_operators(step), TensorMeter(granularity=granularity) as meter:
+    with FakeTensorMode(), cuda_operators(shape, step, capability), TensorMeter(granularity=granularity) as meter:
         train, phase = follow(shape, step, meter, grad_clip)
         persistent = 0
         for _ in range(steps):
@@ -57,18 +68,19 @@ def measure_fake_step(shape: Shape, step: StepConfig, *, steps: int = 2, grad_cl
 
 
 @contextlib.contextmanager
-def cuda_operators(step: StepConfig) -> Iterator[None]:
+def cuda_operators(shape: Shape, step: StepConfig, capability: Capability = DEFAULT_CAPABILITY) -> Iterator[None]:
     """Within the block the model's operations are those of ``step.device``."""
     if step.device != "cuda":
         yield
         return
     statistics = _CudaStatistics()  # type: ignore[no-untyped-call]
+    kernel = KERNELS[int(kernel_numbers(shape, step, capability))]
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", fused_attention),
+        mock.patch.object(F, "scaled_dot_product_attention", attention_of(kernel)),
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(F, "rms_norm", _rms_norm),
-        mock.patch.object(pointwise, "has_fused_norm", _always),
-        mock.patch.object(model, "kernel_groups", lambda q: q.dtype != torch.float32),
+        mock.patch.object(pointwise, "has_fused_norm", always),
+        mock.patch.object(model, "kernel_groups", always if "flash" in kernel else never),
         statistics,
     ):
         yield
@@ -80,8 +92,14 @@ def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return out
 
 
-def _always(_: Tensor) -> bool:  # a mock would keep what it was called with
+def always(_: Tensor) -> bool:
+    """Yes, whatever is asked; a mock would keep what it was called with."""
     return True
+
+
+def never(_: Tensor) -> bool:
+    """No, whatever is asked."""
+    return False
 
 
 def _rms_norm(x: Tensor, width: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
@@ -104,22 +122,30 @@ class _FusedNorm(torch.autograd.Function):
         return dx, None if weight is None else torch.empty_like(weight)
 
 
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_p: float = 0.0, enable_gqa: bool = False
-) -> Tensor:
-    """FlashAttention in half precision, else memory-efficient attention: what CUDA dispatches to.
+def attention_of(kernel: Kernel) -> Callable[..., Tensor]:
+    """scaled_dot_product_attention where CUDA picks ``kernel``.
 
     FlashAttention takes head widths in multiples of 8: others are padded (ATen transformers/attention.cpp).
     """
-    if q.dtype == torch.float32:
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        out: Tensor = efficient(q, k, v, None, True, dropout_p, is_causal)[0]
-        return out
-    width = q.shape[-1]
-    if width % 8:
-        q, k, v = (F.pad(part, (0, 8 - width % 8)) for part in (q, k, v))
-    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-    return out[..., :width]
+    aten = torch.ops.aten
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_p: float = 0.0, enable_gqa: bool = False
+    ) -> Tensor:
+        out: Tensor
+        if kernel == "math":
+            out = aten._scaled_dot_product_attention_math(q, k, v, None, dropout_p, is_causal)[0]
+            return out
+        if kernel == "efficient":
+            out = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[0]
+            return out
+        width = q.shape[-1]
+        if kernel == "padded flash":
+            q, k, v = (F.pad(part, (0, 8 - width % 8)) for part in (q, k, v))
+        out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+        return out[..., :width]
+
+    return attention
 
 
 class _CudaStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -24,11 +24,12 @@ from torch import Tensor, fx
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..planner.memory import attention_kernel
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..trainer import model as trainer_model
 from ..trainer.model import DTYPES, GPT
-from .fake import fused_attention
+from .fake import always, attention_of, never
 from .scripts import ScriptGPT, default_dtype
 
 with warnings.catch_warnings():  # of torch's own modules
@@ -160,7 +161,7 @@ def trace(shape: Shape, step: StepConfig, *, budget: float = 1.0) -> Cut:
         FakeTensorMode(),
         functorch_config.patch(activation_memory_budget=budget, enable_autograd_cache=False),
         mock.patch.object(compile_fx, "min_cut_rematerialization_partition", _cutting),
-        _cuda_calls(step),
+        _cuda_calls(shape, step),
     ):
         batch = torch.zeros(step.batch_size, shape.block_size, dtype=torch.int64)
         forward, arguments = _forward(shape, step, batch)
@@ -190,10 +191,11 @@ def _forward(shape: Shape, step: StepConfig, batch: Tensor) -> tuple[Callable[..
 
 
 @contextlib.contextmanager
-def _cuda_calls(step: StepConfig) -> Iterator[None]:
+def _cuda_calls(shape: Shape, step: StepConfig) -> Iterator[None]:
     """Within the block the model calls what it would on CUDA, under autocast where the script has it."""
+    kernel = attention_kernel(shape, step)
     calls: dict[str, Callable[..., Any]] = {
-        "scaled_dot_product_attention": fused_attention,
+        "scaled_dot_product_attention": attention_of(kernel),
         "dropout": _dropout,
         "rms_norm": _rms_norm,
     }
@@ -202,7 +204,7 @@ def _cuda_calls(step: StepConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, call in calls.items():
             stack.enter_context(mock.patch.object(F, name, call))
-        stack.enter_context(mock.patch.object(trainer_model, "kernel_groups", lambda q: q.dtype != torch.float32))
+        stack.enter_context(mock.patch.object(trainer_model, "kernel_groups", always if "flash" in kernel else never))
         yield
 
 

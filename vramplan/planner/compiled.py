@@ -115,7 +115,7 @@ class CompiledStep(EagerStep):
         """One kernel each way, whatever the device. The stream's gradient is written over the one that was given; that
         of queries or keys, which are read where they lie, is not."""
         size = self.e * elements * self.N
-        out = self.new(f"{name} output", "activations", size) if weighted else self.parted(f"{name} output", size)
+        out = self.new(f"{name} output", "activations", size)
         scale = self.new(f"{name} 1/rms", "activations", 4 * (self.N if rows is None else rows))
 
         def backward(grad: Memory) -> Sequence[Memory]:

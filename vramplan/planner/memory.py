@@ -7,29 +7,27 @@ allocator has handed out; reserved is what it holds from the driver; the process
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ..units import MIB
 from .allocator_settings import AllocatorSettings
+from .attention import KERNELS, LEAST_NARROW, MAX_FLASH_HEAD_DIM, Kernel, kernel_numbers
 from .compiled import TRACED_TORCH, CompiledStep
 from .eager import EagerStep
 from .evidence import NO_EVIDENCE, Evidence
 from .first_steps import replay_first_steps
 from .gpu import Gpu
 from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes, release
-from .shape import MAX_FUSED_HEAD_DIM, Ints, Shape
+from .shape import Ints, Shape
 from .step import DeviceKind, StepConfig
 from .tape import CATEGORIES, Change, Tape, Unrolled, peak, unroll
 
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
-
-NARROW_FLASH = ((8, 6), (8, 9), (12, 0))
-"""Where FlashAttention has no backward for heads of 193 to 224, nor with dropout for wider ones (ATen
-transformers/cuda/sdp_utils.cpp)."""
 
 CPU_PROCESS_BYTES = 300 * MIB
 """Resident memory of Python with torch, pyarrow and tiktoken: 258 MiB measured (torch 2.13, Linux), plus threads."""
@@ -80,11 +78,43 @@ def first_step_bytes(step: StepConfig, gpu: Gpu | None) -> int:
 def tensor_table(shape: Shape, step: StepConfig, gpu: Gpu | None = None, *, evaluation: bool = True) -> Tape:
     """The table of one optimizer step, and of the evaluation before it.
 
-    Sizes may be arrays; ``grad_accum`` must then be 1 everywhere or nowhere.
+    Sizes may be arrays. Raises ValueError where one table cannot have them all: :func:`kinds`.
     """
+    kind, *others = np.unique(kinds(shape, step, gpu)).tolist()
+    if others:
+        raise ValueError("these configurations have different tensors, not only different sizes")
+    if not kind & GROUPED:
+        shape = replace(shape, n_kv_head=0)
     table = CompiledStep if step.compile else EagerStep
     workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
-    return table(shape, step, workspace).write(evaluation=evaluation)
+    return table(shape, step, workspace, KERNELS[kind // KINDS_PER_KERNEL]).write(evaluation=evaluation)
+
+
+ALONE, ACCUMULATES, GROUPED, KINDS_PER_KERNEL = 1, 2, 4, 8
+"""What :func:`kinds` adds up."""
+
+
+def kinds(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
+    """A number for each candidate; those with the same number have the same tensors, in other sizes.
+
+    What tells them apart: the attention kernel, whether heads are grouped, whether gradients accumulate, and, where
+    scores are held, whether there is one sequence only.
+    """
+    kernel = kernel_numbers(shape, step, capability_of(gpu))
+    grouped = (np.asarray(shape.n_kv_head) != 0) & (np.asarray(shape.n_kv_head) != shape.n_head)
+    accumulates = np.asarray(step.grad_accum) > 1
+    alone = (kernel == KERNELS.index("math")) & (np.asarray(step.batch_size) == 1)
+    return KINDS_PER_KERNEL * kernel + GROUPED * grouped + ACCUMULATES * accumulates + ALONE * alone
+
+
+def capability_of(gpu: Gpu | None) -> tuple[int, int]:
+    """Compute capability of the card, or the one that is assumed."""
+    return gpu.capability if gpu else DEFAULT_CAPABILITY
+
+
+def attention_kernel(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Kernel:
+    """The kernel that one configuration's attention runs."""
+    return KERNELS[int(kernel_numbers(shape, step, capability_of(gpu)))]
 
 
 def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
@@ -92,7 +122,26 @@ def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> In
 
     Without the evaluation, which never is the peak and would take a tenth of the search's time.
     """
-    return peak(tensor_table(shape, step, gpu, evaluation=False))
+    numbers = kinds(shape, step, gpu)
+    found = np.unique(numbers)
+    if len(found) == 1:
+        return peak(tensor_table(shape, step, gpu, evaluation=False))
+    every = _arrays(shape) | _arrays(step)
+    *columns, numbers = np.broadcast_arrays(*every.values(), numbers)
+    result = np.empty(numbers.shape, dtype=np.int64)
+    for number in found:
+        of = numbers == number
+        part = {name: column[of] for name, column in zip(every, columns, strict=True)}
+        some_shapes = replace(shape, **{name: part[name] for name in _arrays(shape)})
+        some_steps = replace(step, **{name: part[name] for name in _arrays(step)})
+        result[of] = peak(tensor_table(some_shapes, some_steps, gpu, evaluation=False))
+    return result
+
+
+def _arrays(config: Any) -> dict[str, Ints]:
+    """The fields of a shape or a step that hold arrays."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
 def state_bytes(shape: Shape, step: StepConfig) -> Ints:
@@ -134,7 +183,7 @@ class Estimate:
     peak_reserved_bytes: int
     context_bytes: int
     first_step_bytes: int = 0
-    capability: tuple[int, int] = DEFAULT_CAPABILITY
+    kernel: Kernel = "flash"
     evidence: Evidence = NO_EVIDENCE
 
     @property
@@ -159,25 +208,27 @@ class Estimate:
         return (f"Outside the model: {why}.",) if why else ()
 
     def _attention_outside(self) -> str:
-        """Kernels that do not take such heads (ATen transformers/cuda/sdp_utils.cpp): scores would be held instead."""
-        width, half = self.shape.head_dim, self.step.half
-        if width > MAX_FUSED_HEAD_DIM:
-            rule = f"head_dim {width} is beyond the {MAX_FUSED_HEAD_DIM} that fused attention handles"
-            return f"{rule}; the scores it would then hold are not counted"
-        if self.step.device == "cpu":
+        """Kernels whose rows no measurement has met."""
+        if self.step.device == "cpu" or self.kernel == "padded flash" or self.kernel == self._usual_kernel:
             return ""
-        if not half and width % 4:
-            return (
-                f"fused attention takes no float32 heads of {width}, no multiple of 4; the scores that are then held "
-                "are not counted"
-            )
-        if half and self.capability < (8, 0):
-            return "attention's rows are FlashAttention's, which cards before Ampere do not have"
-        wide = 192 < width <= 224 or (width > 224 and self.step.dropout > 0)
-        if half and wide and self.capability in NARROW_FLASH:
-            scores = "the scores of grouped heads, which are then held, are" if self.shape.grouped else "its rows are"
-            return f"FlashAttention does not train heads of {width} on this architecture; {scores} not counted"
-        return ""
+        width, dtype = self.shape.head_dim, self.step.dtype
+        why = f"FlashAttention does not train {dtype} heads of {width} on this architecture"
+        if width > MAX_FLASH_HEAD_DIM:
+            why = f"head_dim {width} is beyond the {MAX_FLASH_HEAD_DIM} that FlashAttention takes"
+        elif width <= LEAST_NARROW:
+            why = "cards before Ampere do not have FlashAttention"
+        if self.kernel == "efficient":
+            return f"{why}; the rows are those of the memory-efficient kernel, read from its source and not measured"
+        if not self.step.half:
+            why = f"fused attention takes no float32 heads of {width}, no multiple of 4"
+        return (
+            f"{why}; so the scores of every head are held, which is counted as torch composes it, and was measured on "
+            "no card"
+        )
+
+    @property
+    def _usual_kernel(self) -> Kernel:
+        return "flash" if self.step.half else "efficient"
 
     def _compiled_outside(self) -> str:
         step, shape = self.step, self.shape
@@ -284,6 +335,6 @@ def estimate(
         reserved,
         context,
         tuning,
-        gpu.capability if gpu else DEFAULT_CAPABILITY,
+        attention_kernel(shape, step, gpu),
         gpu.evidence if gpu else NO_EVIDENCE,
     )

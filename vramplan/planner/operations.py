@@ -7,17 +7,14 @@ sources named beside the rows. For the widths e, w, r, h and N see :mod:`state_r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
-import numpy as np
-
+from .attention_rows import AttentionRows
 from .autograd import Leaf, Memory, Tensor
 from .shape import Ints
-from .state_rows import StateRows, plain
 from .tape import Row
 
 
-class Operations(StateRows):
+class Operations(AttentionRows):
     """Each method is one operation: its arguments are tensors, its result is a new one (or a view)."""
 
     kept_gradients: list[Memory]
@@ -59,8 +56,7 @@ class Operations(StateRows):
         w = self.cast(f"{name}.weight", n_out * n_in)
         out: Memory = ()
         if name != self.stop_at:
-            write = self.parted if name == "attn.qkv" else self.plain_output
-            out = write(f"{name} output", size)
+            out = self.plain_output(f"{name} output", size)
 
         kept = [x.memory, w.memory]
         inputs = [x, w, *([b] if b else [])]
@@ -120,7 +116,7 @@ class Operations(StateRows):
         if not self.cuda:
             return self._rms_norm_by_hand(name, x, w, elements, rows)
         copied = self._made_dense(name, size, weighted)
-        out = self.new(f"{name} output", "activations", size) if weighted else self.parted(f"{name} output", size)
+        out = self.new(f"{name} output", "activations", size)
         scale = self.new(f"{name} 1/rms", "activations", 4 * rows)
         del copied
 
@@ -239,160 +235,3 @@ class Operations(StateRows):
             return [dx]
 
         return self.result(out, [x], backward, [x.memory])
-
-    # ---------------------------------------------------------------- attention
-
-    def split(self, qkv: Tensor) -> list[Tensor]:
-        """Views of queries, keys and values; backward joins their gradients."""
-        s = self.shape
-
-        def backward(*_: Memory) -> Sequence[Memory]:
-            return [self.new("gradient of qkv", "temporaries", self.e * s.qkv_width * self.N)]
-
-        parts = self.results([qkv.memory] * 3, [qkv], backward)
-        return [self._made_contiguous(part, name) for part, name in zip(parts, "qkv", strict=True)]
-
-    def rotate(self, name: str, x: Tensor, width: Ints) -> Tensor:
-        """Rotary positions keep nothing but their tables."""
-        size = self.e * width * self.N
-
-        def backward(_: Memory) -> Sequence[Memory]:
-            return [self.new(f"gradient of {name}, turned back", "temporaries", size)]
-
-        return self.result(self.parted(f"{name}, turned", size), [x], backward)
-
-    @property
-    def repeats(self) -> bool:
-        """Whether keys and values are repeated: CUDA's kernel for float32 takes no fewer than queries."""
-        return self.shape.grouped and self.cuda and not self.step.half
-
-    def repeat_heads(self, name: str, x: Tensor) -> Tensor:
-        """Keys or values once for every query that shares them, where the kernel wants them so."""
-        s = self.shape
-        if not self.repeats:
-            return x
-
-        def backward(_: Memory) -> Sequence[Memory]:
-            return [self.new(f"gradient of {name}, summed", "temporaries", self.e * s.kv_width * self.N)]
-
-        return self.result(self.new(f"{name}, repeated", "activations", self.e * self.h * self.N), [x], backward)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """scaled_dot_product_attention through a fused kernel: keeps q, k, v, its output and the log-sum-exp."""
-        s, e = self.shape, self.e
-        k, v = self.repeat_heads("k", k), self.repeat_heads("v", v)
-        widths = [self.h, *([self.h if self.repeats else s.kv_width] * 2)]
-        q, k, v = (self._pad(part, name, w) for part, name, w in zip((q, k, v), "qkv", widths, strict=True))
-        out = self.new("attention output", "activations", self._unpadded(e * self.h * self.N))
-        if self.pads:
-            out += self.new("padded attention output", "activations", self._widened(self.h))
-        rows = s.block_size
-        if self.cuda and not self.step.half:
-            rows = -(-rows // 32) * 32  # memory-efficient attention aligns its log-sum-exp to 32 (ATen attention.cu)
-        saved = [self.new("attention log-sum-exp", "activations", 4 * s.n_head * self.step.batch_size * rows)]
-        if self.cuda:
-            saved.append(self.new("attention rng state", "activations", 16, times=2))
-
-        def backward(_: Memory) -> Sequence[Memory]:
-            grads = []
-            for name, width in zip("qkv", widths, strict=True):
-                grads.append(self.new(f"gradient of {name}", "temporaries", self._unpadded(e * width * self.N)))
-                if self.pads:
-                    grads[-1] += self.new(f"gradient of padded {name}", "temporaries", self._widened(width))
-            kernel = self._attention_kernel()
-            del kernel
-            return grads
-
-        attended = self.result(out, [q, k, v], backward, [q.memory, k.memory, v.memory, out, *saved])
-        return self._cut(attended)
-
-    def _attention_kernel(self) -> list[Memory]:
-        """What the kernel's backward takes for itself."""
-        s = self.shape
-        if not self.cuda:
-            return []
-        if not self.step.half:
-            return [self.new("attention delta (kernel)", "temporaries", 4 * s.n_head * self.N)]
-        # FlashAttention-2 accumulates dq in float32, rows rounded to 128 and widths to 32 (flash_api.cpp, mha_bwd)
-        rows = -(-s.block_size // 128) * 128 * self.step.batch_size * s.n_head
-        width = -(-s.head_dim // 32) * 32
-        taken = [
-            self.new("float32 accumulator of dq (kernel)", "temporaries", 4 * rows * width),
-            self.new("softmax sums of dq (kernel)", "temporaries", 4 * rows),
-        ]
-        if s.grouped:  # gradients of k and v for every query, before they are summed (the same function)
-            size = self._unpadded(self.e * self.h * self.N) + (self._widened(self.h) if self.pads else 0)
-            taken += [self.new(f"gradient of {part} for every query (kernel)", "temporaries", size) for part in "kv"]
-        return taken
-
-    # Heads that are no multiple of 8 wide are padded: FlashAttention takes no others, and scaled_dot_product_attention
-    # then keeps padded copies of q, k, v and its output (ATen transformers/attention.cpp, pad_last_dim).
-
-    @cached_property
-    def pads(self) -> bool:
-        """Whether any candidate's heads are padded."""
-        return self.cuda and self.step.half and bool(np.any(np.asarray(self.shape.head_dim) % 8 != 0))
-
-    def parted(self, name: str, n_bytes: Ints) -> Memory:
-        """A tensor that attention keeps as it is, and where heads are padded does not keep: apart, as two."""
-        if not self.pads:
-            return self.new(name, "activations", n_bytes)
-        kept = self.new(name, "activations", self._unpadded(n_bytes))
-        return kept + self.new(f"{name}, padded later", "activations", self._padded(n_bytes))
-
-    def _widened(self, width: Ints) -> Ints:
-        """Bytes of ``width`` per token in heads padded to a multiple of 8; 0 where none are."""
-        d = self.shape.head_dim
-        return self._padded(self.e * self.N * (width // d) * (-(-d // 8) * 8))
-
-    def _padded(self, n_bytes: Ints) -> Ints:
-        """``n_bytes`` where heads are padded, 0 elsewhere."""
-        return plain(np.where(np.asarray(self.shape.head_dim) % 8 != 0, n_bytes, 0))
-
-    def _unpadded(self, n_bytes: Ints) -> Ints:
-        """``n_bytes`` where heads are not padded, 0 elsewhere."""
-        return n_bytes - self._padded(n_bytes) if self.pads else n_bytes
-
-    def _pad(self, x: Tensor, name: str, width: Ints) -> Tensor:
-        """A padded copy; its gradient is cut back. Where no head is padded it is the tensor itself."""
-        if not self.pads:
-            return x
-
-        def backward(grad: Memory) -> Sequence[Memory]:
-            cut = self.new(f"gradient of {name}, cut", "temporaries", self._padded(self.e * width * self.N))
-            return [grad[:1] + cut]
-
-        return self.result(
-            x.memory[:1] + self.new(f"padded {name}", "activations", self._widened(width)), [x], backward
-        )
-
-    def _made_contiguous(self, x: Tensor, name: str) -> Tensor:
-        """The gradient of a part that was padded, or repeated for every query, is copied to be joined with the others.
-
-        Norms and rotations of queries and keys leave gradients that need no copy.
-        """
-        changed = name != "v" and (self.shape.qk_norm or self.shape.positions == "rotary")
-        repeated = self.repeats and name != "q"
-        if changed or not (self.pads or repeated):
-            return x
-        size = self.e * (self.h if name == "q" else self.shape.kv_width) * self.N
-        size = size if repeated else self._padded(size)
-
-        def backward(grad: Memory) -> Sequence[Memory]:
-            copy = self.new(f"gradient of {name}, contiguous", "temporaries", size)
-            return [copy if repeated else grad[:1] + copy]
-
-        return self.result(x.memory, [x], backward)
-
-    def _cut(self, attended: Tensor) -> Tensor:
-        """Attention's output without its padding, joined over the heads."""
-        if not self.pads:
-            return attended
-        size = self.e * self.h * self.N
-        joined = self.new("attention output, joined", "activations", self._padded(size))
-
-        def backward(_: Memory) -> Sequence[Memory]:
-            padded = self.new("gradient of padded out", "temporaries", self._widened(self.h))
-            return [self.new("gradient of the attention output", "temporaries", self._unpadded(size)) + padded]
-
-        return self.result(attended.memory[:1] + joined, [attended], backward)

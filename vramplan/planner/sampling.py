@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .attention import Kernel
 from .autograd import Tensor
 from .eager import EagerStep
 from .gpu import Gpu
-from .memory import workspace_bytes
+from .memory import attention_kernel, workspace_bytes
 from .shape import Ints, Shape
 from .step import StepConfig
 from .tape import Tape
@@ -16,9 +17,11 @@ from .tape import Tape
 class Sampling(EagerStep):
     """Writes the table of ``batch_size`` sequences being continued after prompts of ``prompt`` tokens each."""
 
-    def __init__(self, shape: Shape, step: StepConfig, prompt: Ints, workspace_bytes: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, step: StepConfig, prompt: Ints, workspace_bytes: int = 0, kernel: Kernel = "flash"
+    ) -> None:
         plain = replace(step, compile=False, checkpointing="none", grad_accum=1, workload="vramplan")
-        super().__init__(shape, plain, workspace_bytes)
+        super().__init__(shape, plain, workspace_bytes, kernel)
         self.prompt = prompt
 
     def write(self, *, evaluation: bool = True) -> Tape:
@@ -62,4 +65,4 @@ class Sampling(EagerStep):
 def sampling_table(shape: Shape, step: StepConfig, prompt: Ints, gpu: Gpu | None = None) -> Tape:
     """The table of sampling with the dtype, batch_size and device of ``step``; ``prompt`` tokens of a sequence."""
     workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
-    return Sampling(shape, step, prompt, workspace).write()
+    return Sampling(shape, step, prompt, workspace, attention_kernel(shape, step, gpu)).write()

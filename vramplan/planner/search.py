@@ -166,7 +166,7 @@ def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, 
     states: dict[StepConfig, Numbers] = {}
     peaks: dict[tuple[StepConfig, bool], Numbers] = {}
     for mode in grid.modes():
-        base = _same_but_for_states(mode)
+        base = _same_but_for_states(mode, gpu)
         for m in (mode, base):
             key = replace(StepConfig(), optimizer=m.optimizer, dtype=m.dtype, device=m.device, workload=m.workload)
             if key not in states:
@@ -187,10 +187,14 @@ def _priced(grid: Grid, gpu: Gpu | None) -> Iterator[tuple[StepConfig, Numbers, 
                 yield step, index, np.broadcast_to(allocated, batch.shape)
 
 
-def _same_but_for_states(mode: StepConfig) -> StepConfig:
-    """The mode that differs only in what is alive all the time: 8-bit states, float16's loss scale."""
+def _same_but_for_states(mode: StepConfig, gpu: Gpu | None) -> StepConfig:
+    """The mode that differs only in what is alive all the time: 8-bit states, float16's loss scale.
+
+    Where bfloat16 is not known to the card it has another attention kernel than float16.
+    """
     optimizer: Optimizer = "adamw-fused" if mode.optimizer == "adamw8bit" else mode.optimizer
-    return replace(mode, optimizer=optimizer, dtype="bfloat16" if mode.dtype == "float16" else mode.dtype)
+    alike = mode.dtype == "float16" and (gpu is None or gpu.supports_bf16)
+    return replace(mode, optimizer=optimizer, dtype="bfloat16" if alike else mode.dtype)
 
 
 def _stack(shapes: tuple[Shape, ...], index: Any) -> Shape:

@@ -24,9 +24,6 @@ PADDED_GPT2_VOCAB = 50304
 TOKENS_PER_PARAMETER = 20
 """Compute-optimal (Hoffmann et al. 2022); how long a run lasts that says nothing else."""
 
-MAX_FUSED_HEAD_DIM = 256
-"""Above this the fused attention kernels do not apply and the scores are materialised (torch's sdp_utils)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..planner.attention import takes_flash
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from .cache import KVCache, LayerCache
@@ -121,11 +122,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def kernel_groups(q: Tensor) -> bool:
-    """Whether the fused kernel takes fewer keys than queries. On CUDA only FlashAttention does: half precision, and
-    Ampere or later; any other way would hold the scores."""
+    """Whether the fused kernel takes fewer keys than queries. On CUDA only FlashAttention does; any other way would
+    hold the scores."""
     if not q.is_cuda:
         return True
-    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    half = q.dtype != torch.float32
+    return bool(takes_flash(q.shape[-1], half, torch.cuda.get_device_capability(q.device)))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu, "relu2": squared_relu}
