@@ -77,6 +77,18 @@ def test_nothing_fits_names_the_smallest_that_would_and_a_smaller_model():
     assert "largest published shape that fits" in str(caught.value)
 
 
+def test_states_in_host_memory_are_named_where_they_make_it_fit():
+    shape = Shape(n_layer=24, n_head=16, n_embd=1024)
+    budget = Budget(total_bytes=4 * GIB, reserve_bytes=0)
+    usual = replace(grid(shape), optimizers=("adamw-fused", "adamw8bit"))
+    with pytest.raises(DoesNotFitError, match="--optimizer adamw-offload it fits"):
+        make_plan(usual, None, budget)
+    assert make_plan(replace(usual, optimizers=("adamw-offload",)), None, budget).plans
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(usual, None, Budget(total_bytes=2 * GIB, reserve_bytes=0))
+    assert "adamw-offload" not in str(caught.value)
+
+
 def test_the_smallest_need_that_is_named_really_fits():
     shape = Shape(n_layer=24, n_head=16, n_embd=1024)
     with pytest.raises(DoesNotFitError) as caught:

@@ -10,7 +10,9 @@ import pytest
 
 from vramplan.planner.allocator_settings import AllocatorSettings
 from vramplan.planner.gpu import find_gpu
+from vramplan.planner.levers import levers
 from vramplan.planner.memory import estimate
+from vramplan.planner.plan import differences
 from vramplan.planner.repair import smallest_repair
 from vramplan.planner.risk import needed_for, oom_risk, risk_of
 from vramplan.planner.shape import Shape
@@ -106,3 +108,25 @@ def test_outside_the_model_the_risk_is_wider() -> None:
         assert sigma in risk.reason
         assert (risk.probability > 0.3) is (shape is outside)
     assert oom_risk(100, 110, StepConfig(), outside=True).probability > oom_risk(100, 110, StepConfig()).probability
+
+
+def test_the_cheapest_change_is_named_first() -> None:
+    found = smallest_repair(GPT2, WIDE, CARD, 3 * GIB, RISK)
+    assert found is not None
+    assert len(found.changes) > 1
+    settings = (("batch_size", "grad_accum"), ("compile",), ("loss", "loss_chunk_tokens"), ("checkpointing",))
+    alone = [replace(WIDE, **{name: getattr(found.step, name) for name in names}) for names in settings]
+    speeds = {word: tokens_per_second(GPT2, one, CARD) for one in alone for word in differences(one, WIDE)}
+    assert list(found.changes) == sorted(found.changes, key=lambda word: -speeds[word])
+
+
+def test_levers_that_cost_the_least_speed_come_first() -> None:
+    full = estimate(GPT2, WIDE, CARD)
+    found = levers(full, CARD, 5 * GIB, RISK)
+    saving = [lever for lever in found if lever.saved_bytes > 0]
+    assert found[: len(saving)] == saving
+    assert 3 < len(saving) < len(found)
+    ratios = [lever.speed_ratio or 1.0 for lever in saving]
+    assert ratios == sorted(ratios, reverse=True)
+    without_a_card = [lever.saved_bytes for lever in levers(estimate(GPT2, WIDE), None, 5 * GIB, RISK)]
+    assert without_a_card == sorted(without_a_card, reverse=True)

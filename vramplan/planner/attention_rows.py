@@ -196,7 +196,7 @@ class AttentionRows(StateRows):
         mask = self._causal_mask(tokens)
         keys = self._scaled(wide[1], "k")
         folded = [self._folded(queries, "q, scaled"), self._folded(keys, "k, scaled", self.repeats)]
-        raw = self._product("attention scores", scores, *folded, sizes=(full, full))
+        raw = self._product("attention scores", scores, (folded[0], folded[1]), (full, full))
         del keys, folded
         weights = self._softmax(raw, scores)
         del raw
@@ -204,8 +204,8 @@ class AttentionRows(StateRows):
             weights = self._drop_scores(weights, scores)
         narrow = self.new("attention weights, half", "temporaries", scores // 2) if self.step.half else ()
         values = self._folded(wide[2], "v", self.repeats)
-        out = self._product("attention output, float32" if self.step.half else "attention output", full,
-                            weights, values, sizes=(scores, full))  # fmt: skip
+        name = "attention output, float32" if self.step.half else "attention output"
+        out = self._product(name, full, (weights, values), (scores, full))
         del values, weights
         out = self._narrowed_output(out)
         del queries, mask, wide, narrow
@@ -244,14 +244,15 @@ class AttentionRows(StateRows):
         copy = self.new(f"{name}, folded", "activations", 4 * self.h * self.N)
         return self.result(copy, [x], lambda grad: [grad])
 
-    def _product(self, name: str, size: Ints, a: Tensor, b: Tensor, sizes: tuple[Ints, Ints]) -> Tensor:
+    def _product(self, name: str, size: Ints, factors: tuple[Tensor, Tensor], sizes: tuple[Ints, Ints]) -> Tensor:
         """A batched product, which keeps both factors (``sizes`` bytes); the second one's gradient comes first."""
 
         def backward(_: Memory) -> Sequence[Memory]:
             second = self.new(f"{name}: gradient of the second factor", "temporaries", sizes[1])
             return [self.new(f"{name}: gradient of the first factor", "temporaries", sizes[0]), second]
 
-        return self.result(self.new(name, "activations", size), [a, b], backward, [a.memory, b.memory])
+        kept = [factor.memory for factor in factors]
+        return self.result(self.new(name, "activations", size), factors, backward, kept)
 
     def _softmax(self, raw: Tensor, scores: Ints) -> Tensor:
         """Keeps its result. A mask of bytes finds the rows that are masked as a whole (_safe_softmax)."""

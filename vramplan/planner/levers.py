@@ -48,7 +48,10 @@ class Lever:
 
 
 def levers(full: Estimate, gpu: Gpu | None, budget_bytes: int, max_risk: float) -> list[Lever]:
-    """Every single change that is legal for the configuration that was estimated, most memory saved first."""
+    """Every single change that is legal for the configuration that was estimated.
+
+    Those that save memory first, and of them those that cost the least speed; without a card those that save most.
+    """
     shape, step, base = full.shape, full.step, full.process_bytes
     speed = _speed(shape, step, gpu)
     found = []
@@ -63,7 +66,11 @@ def levers(full: Estimate, gpu: Gpu | None, budget_bytes: int, max_risk: float) 
         if process < base:
             batch = largest_batch(shape, step, gpu, budget_bytes, max_risk, settings)
             found.append(Lever(EXPANDABLE, shape, step, process, base - process, None, batch, False))
-    return sorted(found, key=lambda lever: -lever.saved_bytes)
+    return _cheapest_first(found)
+
+
+def _cheapest_first(found: list[Lever]) -> list[Lever]:
+    return sorted(found, key=lambda lever: (lever.saved_bytes <= 0, -(lever.speed_ratio or 1.0), -lever.saved_bytes))
 
 
 def rough_levers(full: Estimate, gpu: Gpu | None) -> list[Lever]:
@@ -79,7 +86,7 @@ def rough_levers(full: Estimate, gpu: Gpu | None) -> list[Lever]:
         saved = table - int(peak_allocated(other_shape, other, gpu))
         ratio = _speed(other_shape, other, gpu) / speed if speed else None
         found.append(Lever(name, other_shape, other, full.process_bytes - saved, saved, ratio, None, changes))
-    return sorted(found, key=lambda lever: -lever.saved_bytes)
+    return _cheapest_first(found)
 
 
 def _speed(shape: Shape, step: StepConfig, gpu: Gpu | None) -> float:

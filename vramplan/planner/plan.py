@@ -12,7 +12,7 @@ from ..errors import DoesNotFitError, Problem
 from ..units import MIB, count, gib, gib_needed
 from .candidates import PUBLISHED, conventional, published_name
 from .gpu import Budget, Gpu, find_gpu
-from .memory import Estimate, estimate
+from .memory import Estimate, estimate, host_bytes
 from .plan_file import SCHEMA, SHAPE_FIELDS, STEP_FIELDS
 from .risk import OomRisk, needed_for, risk_of
 from .search import Grid, Ranking, confirm, quality_price, rank
@@ -252,6 +252,11 @@ def _nothing_fits(grid: Grid, ranked: Ranking, gpu: Gpu | None, budget_bytes: in
         f"grad_accum={step.grad_accum}, {step.dtype}, {'compiled' if step.compile else 'eager'}, {step.loss} loss, "
         f"checkpointing={step.checkpointing}, {step.optimizer}.",
     ]
+    if len(grid.optimizers) > 1 and grid.device == "cuda" and grid.workload == "vramplan":
+        offloaded = replace(grid, shapes=(shape,), optimizers=("adamw-offload",))
+        for fit in confirm(rank(offloaded, gpu, budget_bytes, max_risk), gpu, budget_bytes, max_risk, 1):
+            host = gib(int(host_bytes(shape, fit.candidate.step)))
+            lines.append(f"With --optimizer adamw-offload it fits: AdamW's states are then in host memory ({host}).")
     for other in grid.shapes[1:]:
         if confirm(ranked.of(other), gpu, budget_bytes, max_risk, 1):
             return "\n".join([*lines, f"Also near the target, {other.label} ({count(other.parameters)}) fits."])

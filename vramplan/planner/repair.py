@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import get_args
 
@@ -25,7 +25,7 @@ hopeless ones."""
 @dataclass(frozen=True, slots=True)
 class Repair:
     """A neighbouring configuration that fits. ``speed_ratio`` is its tokens/s over the original's (None without a
-    card); ``changes`` are words such as ``chunked loss``, as many as there are changes."""
+    card); ``changes`` are words such as ``chunked loss``, as many as there are changes, the cheapest in speed first."""
 
     step: StepConfig
     estimate: Estimate
@@ -96,8 +96,22 @@ def _search(
             if needed_for(full, max_risk) <= budget_bytes:
                 before = tokens_per_second(shape, step, gpu) if gpu is not None else None
                 ratio = float(candidate.tokens_per_second / before) if before and candidate.tokens_per_second else None
-                return Repair(candidate.step, full, tuple(differences(candidate.step, step)), ratio)
+                return Repair(candidate.step, full, _cheapest_first(shape, step, candidate.step, gpu), ratio)
     return None
+
+
+SETTINGS = (
+    ("batch_size", "grad_accum"), ("compile",), ("loss", "loss_chunk_tokens"), ("checkpointing",), ("optimizer",),
+)  # fmt: skip
+"""What a repair may change, each together with what follows from it."""
+
+
+def _cheapest_first(shape: Shape, step: StepConfig, repaired: StepConfig, gpu: Gpu | None) -> tuple[str, ...]:
+    """Words for each change, the one that costs the least speed on its own first."""
+    alone = [replace(step, **{name: getattr(repaired, name) for name in names}) for names in SETTINGS]
+    if gpu is not None:
+        alone.sort(key=lambda changed: -float(tokens_per_second(shape, changed, gpu)))
+    return tuple(word for changed in alone for word in differences(changed, step))
 
 
 def _changes(candidate: Candidate, step: StepConfig) -> int:
