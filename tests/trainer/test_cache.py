@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vramplan.memory_probe.meter import TensorMeter
-from vramplan.planner.sampling import sampling_table
+from vramplan.planner.memory import sampling_table
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 from vramplan.planner.tape import unroll

@@ -226,6 +226,7 @@ class _OurStep:
         self._shape, self._step, self._log, self._draw, self._doing = shape, step, log, draw, doing
         log.peaks.enter("persistent")
         self._train = self._build()
+        self._train.allocate()
         log.peaks.enter("evaluation")
         doing("evaluating")
         self._train.evaluate([draw()])
@@ -234,9 +235,7 @@ class _OurStep:
     def _build(self) -> TrainStep:
         model = GPT(self._shape, self._step).to(self._log.device)
         optimizer = probe_optimizer(model, self._step)
-        train = TrainStep(model, optimizer, self._step, grad_clip=1.0, device=self._log.device)
-        train.allocate()
-        return train
+        return TrainStep(model, optimizer, self._step, grad_clip=1.0, device=self._log.device)
 
     def _follow(self) -> None:
         peaks, optimizer = self._log.peaks, self._train.optimizer

@@ -148,7 +148,6 @@ def measure_cpu_step(
 
 def _resume(shape: Shape, step: StepConfig, file: IO[bytes], grad_clip: float) -> None:
     train = trainer(shape, step, grad_clip)
-    train.allocate()
     weights, states = torch.load(file, map_location="cpu", weights_only=True)
     train.model.load_state_dict(weights)
     train.optimizer.load_state_dict(states)

@@ -132,6 +132,18 @@ def first_steps(table: Unrolled, step: StepConfig, first_step_bytes: int) -> Run
     return Run((*programs, *[usual] * (MOST_STEPS + 1 - settled)), settled, 2 * n_blocks + 1)
 
 
+def first_step_peak(table: Unrolled, step: StepConfig, first_step_bytes: int = 0) -> int:
+    """Most bytes that are allocated in the first optimizer step, each request rounded as in ``table``."""
+    run = first_steps(table, step, first_step_bytes)
+    before, first, *_ = run.programs
+    program = np.concatenate([before, first])
+    allocates = program[:, BYTES] > 0
+    sizes = np.zeros(run.n_blocks, dtype=program.dtype)
+    sizes[program[allocates, BLOCK].astype(np.int64)] = program[allocates, BYTES]
+    change = np.where(allocates, program[:, BYTES], -sizes[program[:, BLOCK].astype(np.int64)])
+    return int(np.cumsum(change)[len(before) :].max(initial=0))
+
+
 def _releases(blocks: Numbers) -> Entries:
     return np.column_stack([np.zeros_like(blocks), blocks])
 

@@ -19,12 +19,13 @@ from .attention import KERNELS, LEAST_NARROW, MAX_FLASH_HEAD_DIM, Kernel, kernel
 from .compiled import TRACED_TORCH, CompiledStep
 from .eager import EagerStep
 from .evidence import NO_EVIDENCE, Evidence
-from .first_steps import replay_first_steps
+from .first_steps import first_step_peak, replay_first_steps
 from .gpu import Gpu
 from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes, release
+from .sampling import Sampling
 from .shape import Ints, Shape
 from .step import DeviceKind, StepConfig
-from .tape import CATEGORIES, Change, Tape, Unrolled, peak, unroll
+from .tape import CATEGORIES, Category, Change, Tape, Unrolled, peak, unroll
 
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
@@ -117,6 +118,12 @@ def attention_kernel(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> 
     return KERNELS[int(kernel_numbers(shape, step, capability_of(gpu)))]
 
 
+def sampling_table(shape: Shape, step: StepConfig, prompt: Ints, gpu: Gpu | None = None) -> Tape:
+    """The table of sampling with the dtype, batch_size and device of ``step``; ``prompt`` tokens of a sequence."""
+    workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
+    return Sampling(shape, step, prompt, workspace, attention_kernel(shape, step, gpu)).write()
+
+
 def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
     """Closed form of the peak in bytes, vectorised over arrays in ``shape`` and ``step``.
 
@@ -154,6 +161,10 @@ def state_bytes(shape: Shape, step: StepConfig) -> Ints:
 def is_traced(torch_version: str) -> bool:
     """Whether the compiled table was read from this release; empty is the newest of them."""
     return not torch_version or release(torch_version) in TRACED_TORCH
+
+
+STATE: tuple[Category, ...] = ("weights", "optimizer", "gradients")
+"""What is kept from step to step, as far as it is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +285,36 @@ class Estimate:
         """Weights, optimizer states, workspaces, and with accumulation the gradients: alive all the time."""
         return int(self.table.sizes[self.table.within("persistent")].sum())
 
+    def _persistent(self, category: Category) -> int:
+        return int(self.table.sizes[self.table.within("persistent") & self.table.of(category)].sum())
+
     @cached_property
     def phase_peaks(self) -> dict[str, int]:
         """Highest allocated bytes within each phase, its first moment included, in order of first appearance."""
         after = self.table.live_bytes
         highest = np.maximum(after, np.concatenate([[0], after[:-1]]))
         return {phase: int(highest[self.table.within(phase)].max(initial=0)) for phase in self.table.phases}
+
+    @cached_property
+    def besides(self) -> dict[str, int]:
+        """Highest allocated bytes where it is not a usual step that runs.
+
+        ``first step``: scripts have no optimizer states yet when it begins, and compiled kernels are tuned in it.
+        ``resume``: until the first step. On a CPU, and on a card in nanoGPT, which loads it there, the checkpoint's
+        weights stand beside the model's; its states become the optimizer's (bitsandbytes copies them). ``sampling``: in
+        a process of its own, one sequence after a prompt as long as the context.
+        """
+        weights, optimizer, gradients = (self._persistent(c) for c in STATE)
+        accumulating = gradients if self.step.workload == "vramplan" else 0
+        loaded = weights if self.step.device == "cpu" or self.step.workload == "nanogpt" else 0
+        if self.step.device == "cpu" and self.step.optimizer == "adamw8bit":
+            loaded += optimizer
+        resumed = weights + optimizer + max(loaded, accumulating)
+        workspace = next((int(row.size) for row in self.table.rows if row.category == "workspace"), 0)
+        one = replace(self.step, batch_size=1)
+        sampling = peak(Sampling(self.shape, one, self.shape.block_size, workspace, self.kernel).write())
+        first = first_step_peak(self.table, self.step, self.first_step_bytes)
+        return {"first step": first, "resume": resumed, "sampling": int(sampling)}
 
     def as_dict(self) -> dict[str, object]:
         """What ``estimate --json`` prints about memory."""
@@ -289,7 +324,7 @@ class Estimate:
             "process_bytes": self.process_bytes,
             "peak_phase": self.peak_phase,
             "breakdown": self.breakdown,
-            "phase_peaks": self.phase_peaks,
+            "phase_peaks": self.phase_peaks | self.besides,
             "host_bytes": int(host_bytes(self.shape, self.step)),
             "parameters": int(self.shape.parameters),
             "caveats": list(self.caveats),

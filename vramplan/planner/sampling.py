@@ -7,8 +7,6 @@ from dataclasses import replace
 from .attention import Kernel
 from .autograd import Tensor
 from .eager import EagerStep
-from .gpu import Gpu
-from .memory import attention_kernel, workspace_bytes
 from .shape import Ints, Shape
 from .step import StepConfig
 from .tape import Tape
@@ -60,9 +58,3 @@ class Sampling(EagerStep):
         if self.shape.logit_softcap:
             logits = self.new("capped logits", "logits_and_loss", 4 * batch * self.V)
         del tokens, hidden, logits
-
-
-def sampling_table(shape: Shape, step: StepConfig, prompt: Ints, gpu: Gpu | None = None) -> Tape:
-    """The table of sampling with the dtype, batch_size and device of ``step``; ``prompt`` tokens of a sequence."""
-    workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
-    return Sampling(shape, step, prompt, workspace, attention_kernel(shape, step, gpu)).write()

@@ -25,6 +25,9 @@ from .plans import between, percent
 TOP_TENSORS = 10
 """Of those alive at the peak, how many are listed."""
 
+BESIDE_A_STEP = ("first step", "evaluation", "checkpoint save", "resume", "sampling")
+"""Phases that are no part of every step."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RiskReport:
@@ -70,6 +73,12 @@ class RiskReport:
     def drawn_peak_bytes(self) -> int:
         """The most that the tensors of the timeline take at once."""
         return max(sum(stretch.top) for stretch in self.timeline)
+
+    @property
+    def beside_the_step(self) -> list[tuple[str, int]]:
+        """What is allocated at most where it is not a usual step that runs."""
+        peaks = self.estimate.phase_peaks | self.estimate.besides
+        return [(name, peaks[name]) for name in BESIDE_A_STEP if name in peaks]
 
     @property
     def beside_the_tensors(self) -> str:

@@ -82,6 +82,8 @@ def _print_timeline(out: Console, report: RiskReport) -> None:
     out.print(f"  # context and {legend.removeprefix('# ')}; | is the budget. Not counted: the allocator's slack.")
     if report.beside_the_tensors:
         out.print(f"  At the peak there are also {report.beside_the_tensors}.")
+    beside = ", ".join(f"{name} {gib(size)}" for name, size in report.beside_the_step)
+    out.print(f"  Beside a usual step, without context: {beside}.")
 
 
 def _stack(moment: Moment, context_bytes: int, most: int) -> str:
@@ -219,7 +221,7 @@ def measured_lines(report: RiskReport) -> list[str]:
 def measured_phases(report: RiskReport) -> list[tuple[str, int, int | None]]:
     """Each phase a run measured: its most allocated bytes, and those expected of it (None where nothing was)."""
     peaks: dict[str, int] = report.measured.get("phase_peaks") or {}
-    expected = report.estimate.phase_peaks
+    expected = report.estimate.phase_peaks | report.estimate.besides
     found = []
     for phase, size in peaks.items():
         parts = [p for p in STEP_PARTS.get(phase, (phase,)) if p in expected]
