@@ -7,11 +7,11 @@ Points are ordered by value and interleaved over workloads, dtypes, losses, chec
 ones first, at most a dozen compiled ones last. Each takes a few optimizer steps in this process. A point that the file
 holds already is passed over, so several runs add up. Rows are what tests/data/measured/ takes as they are: the
 configuration, what torch allocated and reserved, what the driver saw, retries, seconds, and our estimate beside it.
-The caps make a large card behave like one of 8, 10, 12, 16 and 24 GB: a plan recommended for each is run under it.
-The attention kernel is forced to the one that the table is written for, because cards differ in their choice:
-FlashAttention in half precision, the memory-efficient kernel in float32. At the end it prints the errors of the rows
-that were held out and of the others, and writes the allocator's own event trace of three small configurations beside
-the rows.
+The caps make a large card behave like one of 8, 10, 12, 16 and 24 GB: the points run under one that should hold them,
+each in turn, and a plan recommended for each cap is run under it. The attention kernel is forced to the one that the
+table is written for, because data-centre cards may choose another. At the end it prints the errors of the rows that
+were held out and of the others, and writes the allocator's own event trace of three small configurations to traces/
+beside the rows (tests/data/traces takes them as they are).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from vramplan import __version__
 from vramplan.device import live_gpu
 from vramplan.errors import ConfigError, DoesNotFitError
 from vramplan.memory_probe.card import CardMeasurement, measure_card
+from vramplan.planner.allocator_trace import replay_trace
+from vramplan.planner.attention import Kernel
 from vramplan.planner.gpu import Budget, Gpu, find_gpu
-from vramplan.planner.memory import estimate, peak_allocated
+from vramplan.planner.memory import attention_kernel, estimate, peak_allocated
 from vramplan.planner.overheads import release
 from vramplan.planner.plan import make_plan
 from vramplan.planner.search import Grid
@@ -62,7 +64,11 @@ SIZES = {
 }
 CAPS_GB = (8, 10, 12, 16, 24)
 COMPILED = 12
+"""So many points at most are compiled, which takes long: nine of the grid, and three recommended plans."""
+COMPILED_PLANS = (("77M", 8), ("124M", 12), ("355M", 16))
 POINTS = 150
+ROOM = 1.1
+"""A cap leaves an estimate so much at least."""
 HELD_OUT = 3
 """One row in so many, by its hash, is not to be looked at when the table is corrected."""
 
@@ -115,15 +121,13 @@ def grid(dry: bool) -> Iterator[Point]:
         ("124M", {"grad_accum": 4, "loss": "full"}), ("124M", {"checkpointing": "block"}),
         ("77M", {"loss": "full", "workload": "nanogpt", "batch_size": 16}), ("124M", {"dtype": "float32"}),
         ("355M", {"grad_accum": 2}), ("124M bias untied", {"loss": "full"}),
-        ("124M", {"loss": "full", "workload": "plain", "dropout": 0.1}), ("127M modern", {}),
-        ("124M", {"dtype": "float32", "loss": "full", "batch_size": 4}),
     ]  # fmt: skip
     for size, settings in eager:
         yield _point(size, replace(base, **settings), dry)
     for block_size, batch_size in ((256, 32), (512, 16), (2048, 4), (4096, 2)):
         point = _point("124M", replace(base, batch_size=batch_size), dry)
         yield replace(point, shape=replace(point.shape, block_size=block_size if not dry else block_size // 64))
-    for size, settings in compiled[:COMPILED]:
+    for size, settings in compiled:
         yield _point(size, replace(base, compile=True, **settings), dry)
 
 
@@ -165,8 +169,9 @@ def recommended(gpu: Gpu | None) -> Iterator[Point]:
         for size in ("77M", "124M", "355M", "774M"):
             budget = int(cap * 1e9)
             shape = SIZES[size]
+            compiles = ((size, cap) in COMPILED_PLANS,)
             found = Grid(
-                shapes=(shape,), tokens_per_step=32 * shape.block_size, dtypes=("bfloat16",), compiles=(False,)
+                shapes=(shape,), tokens_per_step=32 * shape.block_size, dtypes=("bfloat16",), compiles=compiles
             )
             try:
                 plans = make_plan(found, gpu, Budget(total_bytes=budget, reserve_bytes=0), max_risk=0.01, top=1)
@@ -174,6 +179,14 @@ def recommended(gpu: Gpu | None) -> Iterator[Point]:
                 print(f"{size} under {cap} GB: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             yield Point(plans.plans[0].shape, plans.plans[0].step, budget, f"recommended under {cap} GB")
+
+
+def capped(points: Iterable[Point], gpu: Gpu | None) -> Iterator[Point]:
+    """Each point of the grid under the next of the caps that should hold it; under none where none does."""
+    for turn, point in enumerate(points):
+        needed = ROOM * estimate(point.shape, point.step, gpu).process_bytes
+        fitting = [cap for cap in CAPS_GB if needed <= cap * 1e9]
+        yield replace(point, cap_bytes=int(fitting[turn % len(fitting)] * 1e9) if fitting else None)
 
 
 def row(point: Point, measured: CardMeasurement, gpu: Gpu | None, card: str) -> dict[str, Any]:
@@ -190,43 +203,50 @@ def row(point: Point, measured: CardMeasurement, gpu: Gpu | None, card: str) -> 
         "name": f"{point.shape.label} {point.step.workload} {point.step.dtype} b{point.step.batch_size}", "gpu": card,
         **model, **step, "key": point.key, "why": point.why, "cap_bytes": point.cap_bytes,
         "held_out": int(point.key, 16) % HELD_OUT == 0, "torch": ".".join(map(str, release(torch.__version__))),
-        "torch_build": torch.__version__, "vramplan": __version__, "attention": kernel_of(point.step), **found,
+        "torch_build": torch.__version__, "vramplan": __version__, "attention": kernel_of(point, gpu), **found,
         "estimated_allocated_bytes": full.peak_allocated_bytes,
         "estimated_reserved_bytes": full.peak_reserved_bytes, "source": "benchmarks/card_campaign.py",
     }  # fmt: skip
 
 
-def kernel_of(step: StepConfig) -> str:
+BACKENDS: dict[Kernel, str] = {
+    "flash": "FLASH_ATTENTION", "padded flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH",
+}  # fmt: skip
+
+
+def kernel_of(point: Point, gpu: Gpu | None) -> str:
     """The attention kernel that the table is written for, by torch's name of the backend."""
-    if step.device == "cpu":
-        return ""
-    return "FLASH_ATTENTION" if step.half else "EFFICIENT_ATTENTION"
+    return "" if point.step.device == "cpu" else BACKENDS[attention_kernel(point.shape, point.step, gpu)]
 
 
 @contextlib.contextmanager
-def forced(step: StepConfig) -> Iterator[None]:
+def forced(backend: str) -> Iterator[None]:
     """No other attention kernel runs within; a step that needs another fails."""
     with contextlib.ExitStack() as stack:
-        if kernel_of(step):
-            stack.enter_context(sdpa_kernel([getattr(SDPBackend, kernel_of(step))]))
+        if backend:
+            stack.enter_context(sdpa_kernel([getattr(SDPBackend, backend)]))
         yield
 
 
-def traces(directory: Path, device: torch.device) -> None:
+def traces(directory: Path, device: torch.device, gpu: Gpu | None, card: str) -> None:
     """The allocator's own events of a few steps, as (action, bytes, address): what the replay is checked against."""
+    directory.mkdir(parents=True, exist_ok=True)
     shape = Shape(n_layer=4, n_head=8, n_embd=512, vocab_size=8192, block_size=512)
     for step in (
         StepConfig(batch_size=8), StepConfig(batch_size=8, loss="full", grad_accum=2),
         StepConfig(batch_size=8, loss="full", workload="nanogpt"),
     ):  # fmt: skip
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python", context=None)
-        with forced(step):
+        with forced(kernel_of(Point(shape, step), gpu)):
             measure_card(shape, step, device, steps=3)
         snapshot = torch.cuda.memory._snapshot(device)
         torch.cuda.memory._record_memory_history(enabled=None)
         events = [[e["action"], e["size"], e["addr"]] for e in snapshot["device_traces"][device.index or 0]]
         name = f"{step.workload}-{step.loss}-x{step.grad_accum}.json"
-        (directory / name).write_text(json.dumps({"torch": torch.__version__, "events": events}), encoding="utf-8")
+        about = {"gpu": card, "torch": torch.__version__, "model": asdict(shape), "step": asdict(step)}
+        (directory / name).write_text(json.dumps({**about, "events": events}), encoding="utf-8")
+        found = replay_trace([tuple(event) for event in events])
+        print(f"trace {name}: {found}")
 
 
 def main() -> None:
@@ -253,8 +273,8 @@ def main() -> None:
     )
     points = list(grid(arguments.dry_run))
     if live:
-        points += recommended(gpu)
-        points += sampled(POINTS - len(points), int(0.8 * live.free_bytes))
+        points = [*capped(points, gpu), *recommended(gpu)]
+        points += capped(sampled(POINTS - len(points), int(0.8 * live.free_bytes)), gpu)
     new = {point.key: point for point in points if point.key not in done and not check_step(point.step)}
     eager_first = sorted(new.values(), key=lambda point: point.step.compile)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +284,7 @@ def main() -> None:
                 print("time is up", file=sys.stderr)
                 break
             try:
-                with forced(point.step):
+                with forced(kernel_of(point, gpu)):
                     measured = measure_card(point.shape, point.step, device, cap_bytes=point.cap_bytes)
             except Exception as error:  # one point that fails for another reason must not cost the others
                 print(f"{point}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -275,7 +295,7 @@ def main() -> None:
             _show(found)
     _errors([json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()])
     if device.type == "cuda" and time.monotonic() < end:
-        traces(arguments.out.parent, device)
+        traces(arguments.out.parent / "traces", device, gpu, card)
 
 
 def _errors(rows: list[dict[str, Any]]) -> None:

@@ -15,6 +15,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import card_campaign
 import estimator_accuracy
 
+from vramplan.planner.gpu import find_gpu
+from vramplan.planner.memory import estimate
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig, check
 from vramplan.units import GIB, MIB
@@ -53,8 +55,14 @@ def test_every_point_of_the_grid_is_legal_on_a_card() -> None:
     points = list(card_campaign.grid(False))
     assert len({point.key for point in points}) == len(points) > 50
     assert not [point for point in points if check(point.shape, point.step)]
-    assert sum(point.step.compile for point in points) <= card_campaign.COMPILED
-    assert {card_campaign.kernel_of(point.step) for point in points} == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
+    assert {card_campaign.kernel_of(point, None) for point in points} == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
+    under = list(card_campaign.capped(points, None))
+    assert {round(point.cap_bytes / 1e9) for point in under if point.cap_bytes} == set(card_campaign.CAPS_GB)
+    for point in under:
+        assert point.cap_bytes is None or estimate(point.shape, point.step).process_bytes < point.cap_bytes
+    plans = list(card_campaign.recommended(find_gpu("H200")))
+    assert len({(point.shape, point.cap_bytes) for point in plans}) == len(plans) > 15
+    assert 9 < sum(point.step.compile for point in points + plans) <= card_campaign.COMPILED
 
 
 def test_further_points_are_legal_different_and_always_the_same() -> None:

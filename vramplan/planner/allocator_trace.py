@@ -1,0 +1,89 @@
+"""What a real allocator did, event by event, beside what the replay does with the same requests.
+
+The events are those of ``torch.cuda.memory._snapshot()["device_traces"]``, as (action, bytes, address). Requests and
+releases are given to :class:`~vramplan.planner.allocator.CachingAllocator`; segments are what it is compared by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .allocator import Block, CachingAllocator
+from .allocator_settings import AllocatorSettings
+
+TraceEvent = tuple[str, int, int]
+"""Action, bytes, address."""
+
+GROWS, SHRINKS = ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceReplay:
+    """How a recorded trace and its replay compare. Sizes in bytes.
+
+    ``compared`` requests were looked at, each once it had been answered; ``different`` of them found another number of
+    reserved bytes, the first at ``first_difference`` in the trace. ``skipped`` events speak of what was there before
+    the recording began.
+    """
+
+    compared: int
+    different: int
+    first_difference: int | None
+    skipped: int
+    recorded_peak_bytes: int
+    replayed_peak_bytes: int
+
+
+def replay_trace(events: Sequence[TraceEvent], settings: AllocatorSettings | None = None) -> TraceReplay:
+    """Replay a recorded trace from where everything in it is known. Raises ValueError for a block that is taken twice.
+
+    Reserved bytes are compared after each request: a segment is obtained before the request that needs it is answered.
+    """
+    start = 0
+    while (unknown := _first_unknown(events, start)) is not None:
+        start = unknown + 1
+    allocator = CachingAllocator(settings)
+    living: dict[int, Block] = {}
+    reserved = peak = compared = different = 0
+    first: int | None = None
+    for at in range(start, len(events)):
+        action, n_bytes, address = events[at]
+        if action in GROWS:
+            reserved += n_bytes
+            peak = max(peak, reserved)
+        elif action in SHRINKS:
+            reserved -= n_bytes
+        elif action == "free_completed":
+            allocator.release(living.pop(address))
+        elif action == "alloc":
+            if address in living:
+                raise ValueError(f"event {at} allocates {address:#x}, which is taken")
+            living[address] = allocator.malloc(n_bytes)
+            compared += 1
+            if allocator.reserved_bytes != reserved:
+                different += 1
+                first = at if first is None else first
+    return TraceReplay(compared, different, first, start, peak, allocator.peak_reserved_bytes)
+
+
+def _first_unknown(events: Sequence[TraceEvent], start: int) -> int | None:
+    """The first event from ``start`` on that speaks of a block or a segment that was there before; None for none."""
+    blocks: set[int] = set()
+    segments: dict[int, int] = {}
+    for at in range(start, len(events)):
+        action, n_bytes, address = events[at]
+        if action in GROWS:
+            segments[address] = n_bytes
+        elif action in SHRINKS:
+            if segments.pop(address, None) is None:
+                return at
+        elif action == "alloc":
+            if not any(begin <= address < begin + size for begin, size in segments.items()):
+                return at
+            blocks.add(address)
+        elif action == "free_completed":
+            if address not in blocks:
+                return at
+            blocks.remove(address)
+    return None
