@@ -1,4 +1,4 @@
-"""The README's commands run, and print what the README shows.
+"""The commands of README.md and docs/memory-model.md run, and print what is shown there.
 
 Blocks after ``<!-- run -->`` (or ``<!-- run: CODE -->`` for a command that must fail) are executed in order in one
 directory. ``python tests/test_readme.py`` rewrites the transcripts with what the commands print now.
@@ -12,7 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent / "README.md"
+PAGES = [README, README.parent / "docs/memory-model.md"]
 BLOCK = re.compile(
     r"<!-- run(?:: (?P<code>\d))? -->\n```console\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)```", re.DOTALL
 )
@@ -44,10 +47,11 @@ def with_examples(directory: Path) -> Path:
     return directory
 
 
-def test_every_command_prints_what_the_readme_shows(tmp_path):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_prints_what_is_shown(tmp_path, page):
     with_examples(tmp_path)
-    blocks = list(BLOCK.finditer(README.read_text(encoding="utf-8")))
-    assert len(blocks) >= 4
+    blocks = list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+    assert len(blocks) >= (4 if page == README else 1)
     for block in blocks:
         code, output = transcript(block["command"], tmp_path)
         assert code == int(block["code"] or 0), output
@@ -65,4 +69,5 @@ if __name__ == "__main__":
             note = f": {block['code']}" if block["code"] else ""
             return f"<!-- run{note} -->\n```console\n$ {block['command']}\n{output}\n```"
 
-        README.write_text(BLOCK.sub(fill, README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(BLOCK.sub(fill, page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -296,3 +296,16 @@ def test_a_cpu_has_no_workspace_and_no_fragmentation() -> None:
     e = estimate(GPT2, replace(OURS, dtype="float32", device="cpu"))
     assert e.breakdown["workspace"] == e.breakdown["fragmentation"] == 0
     assert e.peak_reserved_bytes == e.peak_table_bytes
+
+
+def test_committed_passes_of_a_cpu_are_met() -> None:
+    """What estimator_accuracy.py --cpu measured; test_cpu_confirms.py measures others anew."""
+    path = Path(__file__).parent.parent / "data/measured/cpu.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 80
+    for row in rows:
+        shape = Shape(**{name: row[name] for name in Shape.__dataclass_fields__})
+        step = StepConfig(**{name: row[name] for name in StepConfig.__dataclass_fields__ if name != "torch"})
+        expected, persistent = estimate(shape, step).peak_allocated_bytes, row["persistent_mib"] * MIB
+        assert expected == pytest.approx(row["peak_mib"] * MIB, rel=0.0005), row["name"]
+        assert expected - persistent == pytest.approx(row["peak_mib"] * MIB - persistent, rel=0.001), row["name"]
