@@ -40,11 +40,10 @@ from vramplan.planner.allocator_trace import replay_trace
 from vramplan.planner.attention import Kernel
 from vramplan.planner.gpu import Budget, Gpu, find_gpu
 from vramplan.planner.memory import attention_kernel, estimate, peak_allocated
-from vramplan.planner.overheads import release
 from vramplan.planner.plan import make_plan
 from vramplan.planner.search import Grid
 from vramplan.planner.shape import Shape
-from vramplan.planner.step import StepConfig, check, check_step
+from vramplan.planner.step import StepConfig, check, check_step, release
 from vramplan.units import GIB, MIB
 
 SIZES = {

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import vramplan.planner
-from vramplan.memory_probe.partition import partition, product
+from vramplan.memory_probe.partition import partition
 from vramplan.planner.compiled import TRACED_TORCH
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate, first_step_bytes, tensor_table
+from vramplan.planner.partitions import product
 from vramplan.planner.risk import risk_of
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig

@@ -33,6 +33,7 @@ COMMANDS = {  # and the module each lives in
     "health": "health",
     "explain": "explaining",
     "ledger": "probing",
+    "trace": "tracing",
 }
 
 

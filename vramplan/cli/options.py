@@ -236,14 +236,20 @@ def resolve_target(gpu: str | None, vram: int | None, reserve: int | None, headl
 
 
 def with_evidence(card: Gpu | None) -> Gpu | None:
-    """The card with what the ledger knows of its architecture; a ledger that cannot be read is said and left out."""
+    """The card with what the ledger knows of its architecture, and what was traced here; what cannot be read is said
+    and left out."""
     from ..memory_probe.ledger import Ledger
+    from ..memory_probe.traced import read_traced
+
+    def note(text: str) -> None:
+        click.echo(text, err=True)
 
     if card is None:
         return card
     try:
-        with Ledger(on_note=lambda note: click.echo(note, err=True)) as ledger:
-            return replace(card, evidence=ledger.evidence(".".join(map(str, card.capability))))
+        with Ledger(on_note=note) as ledger:
+            known = ledger.evidence(".".join(map(str, card.capability)))
+        return replace(card, evidence=replace(known, traced=read_traced(on_note=note)))
     except VramplanError as error:
         click.echo(f"{error}; planned without it", err=True)
         return card

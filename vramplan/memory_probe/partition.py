@@ -8,7 +8,6 @@ buffers that it reuses, padded products) is not seen.
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import re
 import warnings
@@ -25,6 +24,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..planner.memory import attention_kernel
+from ..planner.partitions import Partition, Row, dimensions, positions
 from ..planner.shape import Shape
 from ..planner.step import StepConfig
 from ..trainer import model as trainer_model
@@ -52,21 +52,6 @@ class Saved:
     elements: str
     width: int
     name: str
-
-
-Row = tuple[int, str, int, str]
-"""How often, then the fields of :class:`Saved`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """Saved tensors as rows: those of every layer, and those besides.
-
-    A row besides the layers counts negative where the first layer keeps something else than the others.
-    """
-
-    layer: tuple[Row, ...]
-    outside: tuple[Row, ...]
 
 
 def partition(shape: Shape, step: StepConfig, *, check: bool = True) -> Partition:
@@ -289,27 +274,6 @@ def _operator(node: fx.Node) -> str:
     return target._opname if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
-def dimensions(shape: Shape) -> dict[str, int]:
-    """Names for the widths of a model."""
-    return {
-        "h": shape.n_embd, "kv": shape.kv_width, "qkv": shape.qkv_width, "mlp": shape.mlp_width, "fc": shape.fc_width,
-        "V": shape.vocab_size, "n_head": shape.n_head, "n_kv_head": shape.n_kv_head,
-    }  # fmt: skip
-
-
-def _positions(shape: Shape, step: StepConfig) -> dict[str, int]:
-    B, T = step.batch_size, shape.block_size
-    return {"N": B * T, "T": T, "B n_head T32": B * shape.n_head * (-(-T // 32) * 32)}
-
-
-def product(symbol: str, shape: Shape, step: StepConfig) -> int:
-    """The inverse of :func:`symbolic`, for a shape of the same options: elements."""
-    known = {**dimensions(shape), **_positions(shape, step)}
-    if symbol in known:
-        return known[symbol]
-    return math.prod(int(name) if name.isdigit() else known[name] for name in symbol.split())
-
-
 def symbolic(elements: int, shape: Shape, step: StepConfig) -> str:
     """``elements`` as a product of named dimensions, such as ``N h``: N tokens, T32 positions rounded up to 32.
 
@@ -317,7 +281,7 @@ def symbolic(elements: int, shape: Shape, step: StepConfig) -> str:
     """
     if elements <= 2:  # scalars, and the generator's state
         return str(elements)
-    widths, rows = {"": 1}, {"": 1, **_positions(shape, step)}
+    widths, rows = {"": 1}, {"": 1, **positions(shape, step)}
     for name, size in dimensions(shape).items():
         if size and size not in widths.values():  # one that equals another by definition has that one's name
             widths[name] = size

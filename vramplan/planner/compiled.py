@@ -37,6 +37,8 @@ class CompiledStep(EagerStep):
     """Writes the table of a compiled step; what it does not override is as in eager mode."""
 
     early = True
+    beyond: Ints = 0
+    """Bytes that each layer keeps, as was traced, beyond what is listed here."""
     late: Memory = ()
     """What the head's product needs, where it comes last."""
     sums_embedding = False
@@ -70,6 +72,14 @@ class CompiledStep(EagerStep):
         self.kept_gradients = []
         with self.tape.repeat(self.shape.n_layer):
             self.block_outputs = ()
+
+    def layer(self, x: Tensor) -> Tensor:
+        """Also keeps what this release was traced to keep, and the table does not know."""
+        if np.any(self.beyond):
+            more = self.new("kept by this torch, not in the table", "activations", self.beyond)
+            x = self.result(x.memory, [x], lambda grad: [grad], [more])
+            del more
+        return super().layer(x)
 
     # ---------------------------------------------------------------- operations
 

@@ -61,7 +61,7 @@ class EagerStep(LossRows):
         x = self._embedding()
         outside = self.taken()
         with t.repeat(self.shape.n_layer):
-            x = self._checkpointed(x) if self.step.checkpointing == "block" else self.block(x)
+            x = self.layer(x)
         blocks = self.taken()
         normed = self.norm("ln_f", x)
         hidden = self.half("ln_f", normed)
@@ -149,6 +149,10 @@ class EagerStep(LossRows):
         return self.result(self.new("block input", "activations", self.r * self.h * self.N), [x], backward)
 
     # ---------------------------------------------------------------- blocks
+
+    def layer(self, x: Tensor) -> Tensor:
+        """One block, as checkpointing has it."""
+        return self._checkpointed(x) if self.step.checkpointing == "block" else self.block(x)
 
     def block(self, x: Tensor) -> Tensor:
         """Pre-norm transformer block."""

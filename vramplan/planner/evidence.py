@@ -1,8 +1,13 @@
-"""What was measured before, as far as the planner needs it: by how much estimates were wrong on one architecture."""
+"""What was measured before, as far as the planner needs it: by how much estimates were wrong on one architecture, and
+what releases of torch were traced to keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from .partitions import Partition, Traced, family, short
+from .shape import Shape
+from .step import StepConfig
 
 NEAR = 4.0
 """A measurement speaks for estimates up to so many times its own; for larger ones it is passed over."""
@@ -25,9 +30,10 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A residual for each configuration that was measured on one architecture."""
+    """A residual for each configuration that was measured on one architecture, and what was traced on this machine."""
 
     residuals: tuple[Residual, ...] = ()
+    traced: Traced = field(default_factory=dict, compare=False, repr=False)
     _known: dict[tuple[str, str], tuple[Residual, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, workload: str, mode: str) -> tuple[Residual, ...]:
@@ -38,5 +44,9 @@ class Evidence:
             self._known[key] = tuple(sorted(own, key=lambda r: r.expected_bytes))
         return self._known[key]
 
+    def partition_of(self, shape: Shape, step: StepConfig) -> Partition | None:
+        """What a compiled step of this family keeps under its torch, if that was traced here."""
+        return self.traced.get((short(step.torch), family(shape, step))) if self.traced and step.torch else None
 
-NO_EVIDENCE = Evidence()
+
+NO_EVIDENCE: Evidence = Evidence()

@@ -21,11 +21,12 @@ from .eager import EagerStep
 from .evidence import NO_EVIDENCE, Evidence
 from .first_steps import first_step_peak, replay_first_steps
 from .gpu import Gpu
-from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes, release
+from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes
 from .sampling import Sampling
 from .shape import Ints, Shape
-from .step import DeviceKind, StepConfig
-from .tape import CATEGORIES, Category, Change, Tape, Unrolled, peak, unroll
+from .state_rows import plain
+from .step import DeviceKind, StepConfig, release
+from .tape import CATEGORIES, Category, Change, Tape, Unrolled, kept_by_a_repetition, peak, unroll
 
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
@@ -86,9 +87,15 @@ def tensor_table(shape: Shape, step: StepConfig, gpu: Gpu | None = None, *, eval
         raise ValueError("these configurations have different tensors, not only different sizes")
     if not kind & GROUPED:
         shape = replace(shape, n_kv_head=0)
-    table = CompiledStep if step.compile else EagerStep
     workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
-    return table(shape, step, workspace, KERNELS[kind // KINDS_PER_KERNEL]).write(evaluation=evaluation)
+    given = shape, step, workspace, KERNELS[kind // KINDS_PER_KERNEL]
+    if not step.compile:
+        return EagerStep(*given).write(evaluation=evaluation)
+    table, traced = CompiledStep(*given), gpu.evidence.partition_of(shape, step) if gpu else None
+    if traced is not None and not is_traced(step.torch):
+        listed = CompiledStep(*given).write(evaluation=False)
+        table.beyond = plain(np.maximum(traced.layer_bytes(shape, step) - kept_by_a_repetition(listed, "forward"), 0))
+    return table.write(evaluation=evaluation)
 
 
 ALONE, ACCUMULATES, GROUPED, KINDS_PER_KERNEL = 1, 2, 4, 8
@@ -122,6 +129,11 @@ def sampling_table(shape: Shape, step: StepConfig, prompt: Ints, gpu: Gpu | None
     """The table of sampling with the dtype, batch_size and device of ``step``; ``prompt`` tokens of a sequence."""
     workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
     return Sampling(shape, step, prompt, workspace, attention_kernel(shape, step, gpu)).write()
+
+
+def kept_in_a_layer(shape: Shape, step: StepConfig) -> Ints:
+    """Bytes that the table has each layer keep from forward to backward."""
+    return kept_by_a_repetition(tensor_table(shape, step, evaluation=False), "forward")
 
 
 def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
@@ -251,9 +263,12 @@ class Estimate:
             return "what a compiled graph keeps beside a float32 residual stream; the rows are autocast's"
         if shape.mlp == "swiglu" and step.checkpointing == "block":
             return "a compiled gated MLP that is recomputed needed up to 5 % more on a CPU than it says here"
-        if not is_traced(step.torch):
+        if not is_traced(step.torch) and self.evidence.partition_of(shape, step) is None:
             *others, last = (".".join(map(str, version)) for version in TRACED_TORCH)
-            return f"what torch {step.torch} keeps when it compiles was not traced, only {', '.join(others)} and {last}"
+            known = f"{', '.join(others)} and {last}"
+            return (
+                f"what torch {step.torch} keeps when it compiles was not traced, only {known}; vramplan trace does it"
+            )
         return ""
 
     def _release_outside(self) -> str:

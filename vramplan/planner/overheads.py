@@ -5,7 +5,6 @@ What somebody measured on his own card is kept in a file of his (:func:`load_ove
 
 from __future__ import annotations
 
-import re
 import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,8 +15,7 @@ from typing import Any
 from ..errors import ConfigError, Problem, did_you_mean
 from ..units import MIB
 from .gpu import Gpu
-
-Version = tuple[int, int]
+from .step import Version, release
 
 EVIDENCE = ("source code", "measured", "reported", "upper estimate")
 KINDS = ("cublas_workspace", "autotune_buffer", "cuda_context", "triton_modules", "pinned_host", "nccl_communicator")
@@ -48,14 +46,6 @@ class Overhead:
         if version is None:
             return self.until is None
         return self.since <= version and (self.until is None or version < self.until)
-
-
-def release(version: str) -> Version:
-    """(2, 13) of ``2.13.0+cu130``. Raises ConfigError for what is no version."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None:
-        raise ConfigError(Problem("torch version", version, "is not a version", "such as 2.13.0"))
-    return int(found[1]), int(found[2])
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..errors import Problem, did_you_mean
+from ..errors import ConfigError, Problem, did_you_mean
 from .shape import Ints, Shape, check_shape
 
 DType = Literal["float32", "tf32", "bfloat16", "float16", "pure-bfloat16"]
@@ -21,6 +21,8 @@ Optimizer = Literal[
 Residual = Literal["compute", "float32"]
 Workload = Literal["vramplan", "nanogpt", "autocast", "plain"]
 DeviceKind = Literal["cuda", "cpu"]
+
+Version = tuple[int, int]
 
 LARGEST_COUNT = 2**30
 """Beyond this a batch, an accumulation or a slice is taken for a slip."""
@@ -207,6 +209,14 @@ def check(shape: Shape, step: StepConfig) -> list[Problem]:
         rule = f"does not exist in {SCRIPTS[step.workload]}"
         problems += [Problem("model", word, rule, "use GPT-2's layout, or workload=vramplan") for word in shape.variant]
     return problems
+
+
+def release(version: str) -> Version:
+    """(2, 13) of ``2.13.0+cu130``. Raises ConfigError for what is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise ConfigError(Problem("torch version", version, "is not a version", "such as 2.13.0"))
+    return int(found[1]), int(found[2])
 
 
 def tokens_per_step(shape: Shape, step: StepConfig) -> Ints:

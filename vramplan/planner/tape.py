@@ -151,6 +151,14 @@ def peak(tape: Tape) -> Ints:
     return _scan(tape.events)[1]
 
 
+def kept_by_a_repetition(tape: Tape, phase: str) -> Ints:
+    """Bytes that each repetition of the first repeated events in ``phase`` leaves alive; 0 where nothing repeats."""
+    for event in tape.events:
+        if isinstance(event, Repeat) and isinstance(event.events[0], Event) and event.events[0].phase == phase:
+            return _scan(event.events)[0]
+    return 0
+
+
 def _scan(events: list[Event | Repeat]) -> tuple[Ints, Ints]:
     """Net change of these events, and the highest point they reach above where they began."""
     level: Ints = 0
