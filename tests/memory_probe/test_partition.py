@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import vramplan.planner
-from vramplan.memory_probe.partition import DISTINCT_BATCH, distinct, partition, product, saved_tensors, symbolic
+from vramplan.memory_probe.partition import DISTINCT_BATCH, distinct, partition, saved_tensors, symbolic
+from vramplan.planner.partitions import product
 from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 

@@ -4,10 +4,10 @@ what releases of torch were traced to keep."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from .partitions import Partition, Traced, family, short
-from .shape import Shape
-from .step import StepConfig
+if TYPE_CHECKING:
+    from .partitions import Traced  # which needs numpy, and the catalogue of cards does not
 
 NEAR = 4.0
 """A measurement speaks for estimates up to so many times its own; for larger ones it is passed over."""
@@ -43,10 +43,6 @@ class Evidence:
             own = [r for r in self.residuals if (r.workload, r.mode) == key]
             self._known[key] = tuple(sorted(own, key=lambda r: r.expected_bytes))
         return self._known[key]
-
-    def partition_of(self, shape: Shape, step: StepConfig) -> Partition | None:
-        """What a compiled step of this family keeps under its torch, if that was traced here."""
-        return self.traced.get((short(step.torch), family(shape, step))) if self.traced and step.torch else None
 
 
 NO_EVIDENCE: Evidence = Evidence()

@@ -22,6 +22,7 @@ from .evidence import NO_EVIDENCE, Evidence
 from .first_steps import first_step_peak, replay_first_steps
 from .gpu import Gpu
 from .overheads import autotune_buffer_bytes, cublas_workspace_bytes, cuda_context_bytes
+from .partitions import partition_of
 from .sampling import Sampling
 from .shape import Ints, Shape
 from .state_rows import plain
@@ -82,16 +83,21 @@ def tensor_table(shape: Shape, step: StepConfig, gpu: Gpu | None = None, *, eval
 
     Sizes may be arrays. Raises ValueError where one table cannot have them all: :func:`kinds`.
     """
-    kind, *others = np.unique(kinds(shape, step, gpu)).tolist()
-    if others:
+    numbers = kinds(shape, step, gpu)
+    if np.any(numbers != numbers.flat[0]):
         raise ValueError("these configurations have different tensors, not only different sizes")
+    return _table_of(int(numbers.flat[0]), shape, step, gpu, evaluation=evaluation)
+
+
+def _table_of(kind: int, shape: Shape, step: StepConfig, gpu: Gpu | None, *, evaluation: bool) -> Tape:
+    """The table of configurations that are all of one :func:`kinds`."""
     if not kind & GROUPED:
         shape = replace(shape, n_kv_head=0)
     workspace = workspace_bytes(gpu, step.torch or None) if step.device == "cuda" else 0
     given = shape, step, workspace, KERNELS[kind // KINDS_PER_KERNEL]
     if not step.compile:
         return EagerStep(*given).write(evaluation=evaluation)
-    table, traced = CompiledStep(*given), gpu.evidence.partition_of(shape, step) if gpu else None
+    table, traced = CompiledStep(*given), partition_of(gpu.evidence.traced, shape, step) if gpu else None
     if traced is not None and not is_traced(step.torch):
         listed = CompiledStep(*given).write(evaluation=False)
         table.beyond = plain(np.maximum(traced.layer_bytes(shape, step) - kept_by_a_repetition(listed, "forward"), 0))
@@ -112,7 +118,7 @@ def kinds(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
     grouped = (np.asarray(shape.n_kv_head) != 0) & (np.asarray(shape.n_kv_head) != shape.n_head)
     accumulates = np.asarray(step.grad_accum) > 1
     alone = (kernel == KERNELS.index("math")) & (np.asarray(step.batch_size) == 1)
-    return KINDS_PER_KERNEL * kernel + GROUPED * grouped + ACCUMULATES * accumulates + ALONE * alone
+    return np.asarray(KINDS_PER_KERNEL * kernel + GROUPED * grouped + ACCUMULATES * accumulates + ALONE * alone)
 
 
 def capability_of(gpu: Gpu | None) -> tuple[int, int]:
@@ -142,18 +148,17 @@ def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> In
     Without the evaluation, which never is the peak and would take a tenth of the search's time.
     """
     numbers = kinds(shape, step, gpu)
-    found = np.unique(numbers)
-    if len(found) == 1:
-        return peak(tensor_table(shape, step, gpu, evaluation=False))
+    if numbers.size and np.all(numbers == numbers.flat[0]):
+        return peak(_table_of(int(numbers.flat[0]), shape, step, gpu, evaluation=False))
     every = _arrays(shape) | _arrays(step)
     *columns, numbers = np.broadcast_arrays(*every.values(), numbers)
     result = np.empty(numbers.shape, dtype=np.int64)
-    for number in found:
+    for number in np.unique(numbers).tolist():
         of = numbers == number
         part = {name: column[of] for name, column in zip(every, columns, strict=True)}
         some_shapes = replace(shape, **{name: part[name] for name in _arrays(shape)})
         some_steps = replace(step, **{name: part[name] for name in _arrays(step)})
-        result[of] = peak(tensor_table(some_shapes, some_steps, gpu, evaluation=False))
+        result[of] = peak(_table_of(number, some_shapes, some_steps, gpu, evaluation=False))
     return result
 
 
@@ -263,7 +268,7 @@ class Estimate:
             return "what a compiled graph keeps beside a float32 residual stream; the rows are autocast's"
         if shape.mlp == "swiglu" and step.checkpointing == "block":
             return "a compiled gated MLP that is recomputed needed up to 5 % more on a CPU than it says here"
-        if not is_traced(step.torch) and self.evidence.partition_of(shape, step) is None:
+        if not is_traced(step.torch) and partition_of(self.evidence.traced, shape, step) is None:
             *others, last = (".".join(map(str, version)) for version in TRACED_TORCH)
             known = f"{', '.join(others)} and {last}"
             return (

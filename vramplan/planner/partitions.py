@@ -55,6 +55,11 @@ def family(shape: Shape, step: StepConfig) -> str:
     return " ".join(f"{name}={str(value).lower()}" for name, value in options.items())
 
 
+def partition_of(traced: Traced, shape: Shape, step: StepConfig) -> Partition | None:
+    """What a compiled step of this family was traced to keep under its torch; None where nobody did."""
+    return traced.get((short(step.torch), family(shape, step))) if traced and step.torch else None
+
+
 def rounded(n_bytes: Ints) -> Ints:
     """As many bytes as CUDA's allocator hands out."""
     return -(-n_bytes // GRANULARITY) * GRANULARITY

@@ -4,7 +4,7 @@ Each term is work / (what the card could do x one efficiency). The work is count
 efficiencies per kind of card (EFFICIENCY), and none per model. Numeric fields of Shape and StepConfig may be numpy
 arrays that broadcast together; everything here then returns arrays.
 
-Not modelled: dropout, head_dim above 256 (no fused kernel there), the data loader, evaluation pauses, thermal limits.
+Not modelled: dropout, attention where FlashAttention does not run, the data loader, evaluation pauses, thermal limits.
 """
 
 from __future__ import annotations
