@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from dispatcher import seen_by_the_dispatcher
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
@@ -25,21 +25,12 @@ MODERN: dict[str, Any] = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swig
 BLOCK: dict[str, Any] = {"checkpointing": "block", "loss": "chunked"}
 
 
-def by_the_dispatcher(table: Unrolled) -> dict[str, int]:
-    """The peaks of all phases, and of all together, without what kernels and cuBLAS take for themselves."""
-    seen = np.array(["(kernel)" not in row.name and row.category != "workspace" for row in table.rows])[table.row]
-    after = np.cumsum(np.where(table.alloc, table.sizes, -table.sizes) * seen)
-    highest = np.maximum(after, np.concatenate([[0], after[:-1]]))
-    peaks = {phase: int(highest[table.within(phase)].max(initial=0)) for phase in table.phases}
-    return peaks | {"all": int(highest.max())}
-
-
 def agrees(table: Unrolled, real: StepMeasurement, rel: float) -> None:
-    peaks = by_the_dispatcher(table)
-    assert peaks["all"] == pytest.approx(real.peak_bytes, rel=rel)
-    assert peaks["all"] - real.persistent_bytes == pytest.approx(real.peak_bytes - real.persistent_bytes, rel=rel)
+    peak, where, phases = seen_by_the_dispatcher(table)
+    assert (peak, where) == (pytest.approx(real.peak_bytes, rel=rel), real.peak_phase)
+    assert peak - real.persistent_bytes == pytest.approx(real.peak_bytes - real.persistent_bytes, rel=rel)
     for phase, n_bytes in real.phase_peaks.items():
-        assert peaks[phase] == pytest.approx(n_bytes, rel=0.001), phase
+        assert phases[phase] == pytest.approx(n_bytes, rel=0.001), phase
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dispatcher import seen_by_the_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vramplan.errors import ConfigError
@@ -111,22 +112,10 @@ def estimated(shape: Shape, step: StepConfig) -> Estimate:
     return estimate(shape, step)
 
 
-def seen_by_the_dispatcher(e: Estimate) -> tuple[int, str, dict[str, int]]:
-    """Peak, its phase and the peaks of all phases, without what kernels and cuBLAS take for themselves."""
-    live, top, where, phases = 0, 0, "", dict[str, int]()
-    for alloc, row, _, phase, _ in e.changes:
-        if "(kernel)" not in row.name and row.category != "workspace":
-            live += int(row.size) if alloc else -int(row.size)
-        phases[phase] = max(phases.get(phase, 0), live)
-        if live > top:
-            top, where = live, phase
-    return top, where, phases
-
-
 @pytest.mark.parametrize(("shape", "step"), CASES)
 def test_the_peak_of_every_phase(shape: Shape, step: StepConfig) -> None:
     real = measured(shape, step)
-    peak, phase, phases = seen_by_the_dispatcher(estimated(shape, step))
+    peak, phase, phases = seen_by_the_dispatcher(estimated(shape, step).table)
     assert (peak, phase) == (pytest.approx(real.peak_bytes, rel=TOLERANCE), real.peak_phase)
     net = peak - real.persistent_bytes
     assert net == pytest.approx(real.peak_bytes - real.persistent_bytes, rel=TOLERANCE)
