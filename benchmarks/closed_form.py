@@ -22,8 +22,6 @@ from vramplan.planner.shape import Shape
 from vramplan.planner.step import StepConfig
 
 CONFIGURATIONS = 1_000_000
-AT_ONCE = 16_000
-"""So that the arrays stay in the cache."""
 
 MODERN = {"norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "qk_norm": True, "logit_softcap": 30.0}
 KINDS: dict[str, tuple[StepConfig, dict[str, Any]]] = {
@@ -39,6 +37,11 @@ KINDS: dict[str, tuple[StepConfig, dict[str, Any]]] = {
     "foreach, biases, untied, accumulation": (
         StepConfig(loss="full", optimizer="adamw-foreach", grad_accum=4), {"bias": True, "tied": False},
     ),
+    "gated, compiled, block, 8-bit, untied": (
+        StepConfig(compile=True, checkpointing="block", optimizer="adamw8bit"),
+        {"mlp": "swiglu", "bias": True, "tied": False},
+    ),
+    "Muon, float32, selective": (StepConfig(dtype="float32", optimizer="muon", checkpointing="selective"), {}),
 }  # fmt: skip
 
 ESTIMATES = {
@@ -56,17 +59,10 @@ def million(step: StepConfig, layout: dict[str, Any], *, any_width: bool = False
     layers, heads = rng.integers(1, 49, CONFIGURATIONS), rng.integers(1, 26, CONFIGURATIONS)
     batch, block = rng.integers(1, 65, CONFIGURATIONS), 256 * rng.integers(1, 9, CONFIGURATIONS)
     names = StepConfig.__dataclass_fields__
+    shape = Shape(n_layer=layers, n_head=heads, n_embd=widths * heads, block_size=block, **layout)
+    batches = StepConfig(**{name: getattr(step, name) for name in names} | {"batch_size": batch})
     start = time.perf_counter()
-    for begin in range(0, CONFIGURATIONS, AT_ONCE):
-        part = slice(begin, begin + AT_ONCE)
-        size = {
-            "n_layer": layers[part],
-            "n_head": heads[part],
-            "n_embd": widths[part] * heads[part],
-            "block_size": block[part],
-        }
-        shape = Shape(**size, **layout)
-        peak_allocated(shape, StepConfig(**{name: getattr(step, name) for name in names} | {"batch_size": batch[part]}))
+    peak_allocated(shape, batches)
     return time.perf_counter() - start
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from vramplan.cli import main
-from vramplan.memory_probe.traced import FORMAT, keep_traced, read_traced, traced_path
+from vramplan.errors import ConfigError
+from vramplan.memory_probe.traced import keep_traced, read_traced, traced_folder
 from vramplan.planner.evidence import Evidence
 from vramplan.planner.gpu import find_gpu
 from vramplan.planner.memory import estimate, kept_in_a_layer, peak_allocated
@@ -76,7 +79,7 @@ def test_the_installed_torch_is_traced_and_kept(own_place: Path) -> None:
     assert answer["kept"] is None
     assert [tuple(row) for row in answer["layer"]] == list(found.layer)
     assert answer["layer_bytes"] == answer["listed_layer_bytes"]
-    assert sorted(path.name for path in own_place.iterdir()) == ["partitions.json", "run.toml"]
+    assert sorted(path.name for path in own_place.iterdir()) == ["run.toml", "traced"]
 
 
 def test_a_release_that_was_traced_here_is_not_outside() -> None:
@@ -101,13 +104,14 @@ def test_what_a_release_keeps_beyond_the_table_is_priced(loss: Any) -> None:
     assert ("kept by this torch, not in the table", extra) in [(row.name, row.n_bytes) for row in more.alive_at_peak]
     assert peak_allocated(GPT2, step, card) == more.peak_table_bytes
     assert not more.caveats
-    fewer = replace(find_gpu("4070"), evidence=Evidence(traced={("2.14", family(GPT2, step)): Partition((), ())}))
+    little = Partition(((1, "N h", 2, "x"),), ())
+    fewer = replace(find_gpu("4070"), evidence=Evidence(traced={("2.14", family(GPT2, step)): little}))
     assert estimate(GPT2, step, fewer).peak_table_bytes == less.peak_table_bytes, "never less than the table"
 
 
 def test_traces_reach_the_command_line(own_place: Path) -> None:
     shape = ["--n-layer", 12, "--n-head", 12, "--n-embd", 768, "--batch-size", 8, "--compile"]
-    ask = ["estimate", *shape, "--gpu", "4070", "--torch", "2.14", "--json"]
+    ask = [*shape_command(shape), "--json"]
     before = json.loads(run(*ask).output)
     keep_traced("2.14", family(GPT2, STEP), traced(extra=1))
     after = json.loads(run(*ask).output)
@@ -124,21 +128,62 @@ def test_several_are_kept_side_by_side() -> None:
     assert read_traced()["2.14", "some family"].layer == ((2, "N h", 2, "x"),)
 
 
+ROWS = '"outside": [], "layer": [%s]'
+HEAD = '{"format": 1, "torch": "2.14", "family": "f", '
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", '{"format": 2, "traced": []}', '{"format": 1, "traced": [{"torch": "2.14"}]}',
-        '{"format": 1, "traced": [{"torch": "2.14", "family": "f", "outside": [], "layer": [[1, "N h", 3, "x"]]}]}',
-        '{"format": 1, "traced": [{"torch": "2.14", "family": "f", "outside": [], "layer": [[1, "N evil", 2, "x"]]}]}',
-        '{"format": 1, "traced": [{"torch": "2.14", "family": "f", "outside": [], "layer": [["1", "N", 2, "x"]]}]}',
+        "", "[]", "{}", "[" * 200_000, '{"format": 2}', HEAD + '"outside": []}', HEAD + ROWS % "" + "}",
+        HEAD + ROWS % '[1, "N h", 3, "x"]' + "}", HEAD + ROWS % '[1, "N evil", 2, "x"]' + "}",
+        HEAD + ROWS % '["1", "N", 2, "x"]' + "}", HEAD + ROWS % '[-5, "N h", 2, "x"]' + "}",
+        HEAD + ROWS % f'[1, "N {"9" * 26}", 2, "x"]' + "}", HEAD + ROWS % f'[1, "{"9" * 5000}", 2, "x"]' + "}",
+        HEAD + '"outside": 5, "layer": [[1, "N h", 2, "x"]]}',
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_said_and_left_out(text: str) -> None:
-    traced_path().write_text(text)
+def test_a_damaged_file_is_said_left_out_and_left_alone(text: str) -> None:
+    keep_traced("2.16", "another", Partition(((1, "N h", 2, "x"),), ()))
+    damaged = traced_folder() / "2.14-damaged.json"
+    damaged.write_text(text)
     notes: list[str] = []
-    assert read_traced(on_note=notes.append) == {}
-    assert "planned without it" in notes[0]
-    assert FORMAT == 1
+    assert list(read_traced(on_note=notes.append)) == [("2.16", "another")]
+    assert len(notes) == 1
+    assert "2.14-damaged.json" in notes[0]
+    keep_traced("2.14", "f", Partition(((1, "N h", 2, "x"),), ()))
+    assert damaged.read_text() == text
+
+
+def test_several_write_at_once() -> None:
+    program = (
+        "import sys; from vramplan.memory_probe.traced import keep_traced\n"
+        "from vramplan.planner.partitions import Partition\n"
+        "[keep_traced('2.14', f'{sys.argv[1]} {n}', Partition(((1, 'N h', 2, 'x'),), ())) for n in range(20)]"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(n)]) for n in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert len(read_traced()) == 60
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_the_place(own_place: Path) -> None:
+    (own_place / "traced").write_text("a file")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        keep_traced("2.14", "f", Partition(((1, "N h", 2, "x"),), ()))
+    assert read_traced() == {}
+
+
+def test_a_ledger_that_cannot_be_opened_does_not_cost_the_traces(own_place: Path) -> None:
+    keep_traced("2.14", family(GPT2, STEP), traced())
+    (own_place / "ledger.sqlite").mkdir()
+    shape = ["--n-layer", 12, "--n-head", 12, "--n-embd", 768, "--batch-size", 8, "--compile"]
+    done = CliRunner().invoke(main, [*map(str, shape_command(shape))], prog_name="vramplan")
+    assert done.exit_code == 0, done.output
+    assert "planned without it" in done.stderr
+    assert "Outside the model" not in done.stdout
+
+
+def shape_command(shape: list[object]) -> list[object]:
+    return ["estimate", *shape, "--gpu", "4070", "--torch", "2.14"]
 
 
 def test_names_of_dimensions() -> None:

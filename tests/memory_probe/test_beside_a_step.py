@@ -28,6 +28,7 @@ SMALL = Shape(n_layer=2, n_head=4, n_embd=192, vocab_size=2003, block_size=64)
         {"dtype": "float32", "batch_size": 8},
         {"grad_accum": 2},
         {"optimizer": "muon"},
+        {"optimizer": "adamw-in-backward"},
         {"dtype": "pure-bfloat16", "optimizer": "adamw-stochastic"},
         pytest.param({"optimizer": "adamw8bit"}, id="8 bit, whose states are the larger part of a resume"),
     ],

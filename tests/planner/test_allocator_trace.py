@@ -59,6 +59,21 @@ def test_other_settings_are_another_allocator() -> None:
     assert replay_trace(BY_HAND, AllocatorSettings(large_segment_bytes=64 * MIB)).different > 0
 
 
+def test_an_emptied_cache_is_followed() -> None:
+    freed: list[TraceEvent] = [
+        ("free_completed", 12 * MIB, OWN), ("free_completed", 11 * MIB, OWN + 12 * MIB),
+        ("segment_free", 32 * MIB, OWN),
+    ]  # fmt: skip
+    found = replay_trace([*BY_HAND, *freed, ("segment_alloc", 40 * MIB, OWN), ("alloc", 40 * MIB, OWN)])
+    assert (found.compared, found.different) == (9, 0)
+    assert found.recorded_peak_bytes == found.replayed_peak_bytes == 62 * MIB
+
+
+def test_expandable_segments_are_refused() -> None:
+    with pytest.raises(ValueError, match="not compared"):
+        replay_trace([*BY_HAND, ("segment_map", 2 * MIB, 0x70_000_000)])
+
+
 def test_a_block_that_is_taken_twice_is_no_trace() -> None:
     with pytest.raises(ValueError, match="which is taken"):
         replay_trace([*BY_HAND, ("alloc", 512, SMALL)])

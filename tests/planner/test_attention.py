@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,12 @@ def test_held_scores_are_priced() -> None:
 
 def test_arrays_may_mix_what_has_other_tensors() -> None:
     """Kernels, groups and accumulation side by side: each as it is on its own."""
-    heads = np.array([4, 4, 12, 12, 8, 8, 6])
-    width = np.array([832, 832, 516, 768, 512, 480, 384])
+    heads = np.array([4, 4, 12, 12, 8, 8, 6, 1])
+    width = np.array([832, 832, 516, 768, 512, 480, 384, 86])
     groups, batch, accum = (
-        np.array([2, 0, 0, 4, 8, 2, 3]),
-        np.array([4, 1, 1, 8, 2, 3, 4]),
-        np.array([1, 4, 1, 4, 1, 1, 2]),
+        np.array([2, 0, 0, 4, 8, 2, 3, 0]),
+        np.array([4, 1, 1, 8, 2, 3, 4, 3]),
+        np.array([1, 4, 1, 4, 1, 1, 2, 1]),
     )
     for dtype in ("float32", "bfloat16"):
         shape = Shape(n_layer=3, n_head=heads, n_embd=width, n_kv_head=groups)
@@ -96,6 +97,29 @@ def test_arrays_may_mix_what_has_other_tensors() -> None:
                 == alone
                 == estimate(one, StepConfig(batch_size=int(b), grad_accum=int(a), dtype=dtype)).peak_table_bytes
             )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16", "float16"])
+def test_heads_over_256_are_outside_whatever_the_dtype(dtype: Any) -> None:
+    shape = Shape(n_layer=2, n_head=4, n_embd=1280)
+    caveats = estimate(shape, StepConfig(dtype=dtype), find_gpu("4070")).caveats
+    assert "head_dim 320 is beyond the 256" in caveats[0]
+    assert not estimate(replace(shape, n_head=5), StepConfig(dtype=dtype), find_gpu("A100 80GB")).caveats
+
+
+def test_a_whole_million_is_evaluated_in_pieces() -> None:
+    rng = np.random.default_rng(0)
+    heads, batch = rng.integers(1, 9, 40_000), rng.integers(1, 5, 40_000)
+    shape = Shape(n_layer=2, n_head=heads, n_embd=heads * rng.integers(30, 90, 40_000), vocab_size=500)
+    step = StepConfig(batch_size=batch, loss="full", dtype="float32")
+    together = peak_allocated(shape, step)
+    for at in rng.integers(0, 40_000, 25).tolist():
+        one = replace(shape, n_head=int(heads[at]), n_embd=int(shape.n_embd[at]))
+        assert together[at] == peak_allocated(one, replace(step, batch_size=int(batch[at])))
+    table = Shape(n_layer=np.array([[1], [2]]), n_head=heads[:30], n_embd=shape.n_embd[:30], vocab_size=500)
+    both = peak_allocated(table, replace(step, batch_size=batch[:30]))
+    assert both.shape == (2, 30)
+    assert both[1].tolist() == together[:30].tolist()
 
 
 def test_as_many_keys_as_queries_are_no_groups() -> None:

@@ -14,6 +14,7 @@ import rich_click as click
 
 from ..device import compile_support, cpu_has_bf16, host_memory, installed_version, live_gpu
 from ..errors import Collector, ConfigError, Problem, VramplanError
+from ..planner.evidence import NO_EVIDENCE
 from ..planner.gpu import Budget, Gpu, budget, find_gpu
 from ..planner.memory import context_bytes
 from ..planner.overheads import load_overheads
@@ -246,13 +247,13 @@ def with_evidence(card: Gpu | None) -> Gpu | None:
 
     if card is None:
         return card
+    known = NO_EVIDENCE
     try:
         with Ledger(on_note=note) as ledger:
             known = ledger.evidence(".".join(map(str, card.capability)))
-        return replace(card, evidence=replace(known, traced=read_traced(on_note=note)))
     except VramplanError as error:
-        click.echo(f"{error}; planned without it", err=True)
-        return card
+        note(f"{error}; planned without it")
+    return replace(card, evidence=replace(known, traced=read_traced(on_note=note)))
 
 
 def with_measured(card: Gpu | None, path: Path | None) -> Gpu | None:

@@ -26,8 +26,8 @@ def trace(config: Path, rank: int, no_keep: bool, as_json: bool) -> None:
     """Read off the installed torch what a compiled layer keeps from forward to backward. No GPU is needed.
 
     The model goes through torch.compile on fake tensors, up to where inductor parts forward and backward; that takes
-    seconds. What is found is kept for estimates of this kind of model under this release of torch, which are otherwise
-    outside the model when the release does not come with a trace.
+    seconds. What is found is kept for estimates (for a card that is named with --gpu) of this kind of model under this
+    release of torch, which are otherwise outside the model when the release does not come with a trace.
 
     \b
     vramplan trace run.toml
@@ -62,4 +62,4 @@ def trace(config: Path, rank: int, no_keep: bool, as_json: bool) -> None:
     if is_traced(release):
         click.echo(f"Estimates for torch {release} come with a trace of their own, made when this version was.")
     elif kept_at is not None:
-        click.echo(f"Kept in {kept_at}: compiled estimates for torch {release} take it from now on.")
+        click.echo(f"Kept in {kept_at}: compiled estimates for torch {release} and a named card take it from now on.")

@@ -1,12 +1,18 @@
-"""What this machine traced compiled steps to keep, in a file beside the ledger: no torch is needed to read it."""
+"""What this machine traced compiled steps to keep: a file for each release and family, in a folder beside the ledger.
+
+No torch is needed to read them. A file of its own for each trace, because several processes may write at once; one that
+is damaged costs the others nothing, and is only replaced by the trace that belongs there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError, Problem
 from ..files import write_text
 from ..planner.partitions import Partition, Row, Traced, product
 from ..planner.shape import Shape
@@ -15,61 +21,62 @@ from .ledger import default_path
 
 FORMAT = 1
 LARGEST_COUNT = 10_000
-_ANY = Shape(n_layer=1, n_head=1, n_embd=8), StepConfig()
+LARGEST_ELEMENTS = 2**31
+LARGEST_FILE = 1 << 20
+_ONE = Shape(n_layer=1, n_head=1, n_embd=1, vocab_size=1, block_size=1, n_kv_head=1), StepConfig()
+"""All named dimensions of it are small: what is left of a product are its numbers."""
+
+OnNote = Callable[[str], None]
 
 
-def traced_path() -> Path:
+def traced_folder() -> Path:
     """Beside the ledger."""
-    return default_path().with_name("partitions.json")
+    return default_path().with_name("traced")
 
 
-def read_traced(path: Path | None = None, on_note: Callable[[str], None] = lambda note: None) -> Traced:
+def read_traced(folder: Path | None = None, on_note: OnNote = lambda note: None) -> Traced:
     """Every trace that was kept. A file that cannot be read is said with ``on_note``, and is as good as none."""
-    path = path or traced_path()
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        on_note(f"{path} cannot be read ({type(error).__name__}); planned without it")
-        return {}
-    try:
-        return _checked(data)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        on_note(f"{path} is no file of traces of format {FORMAT}; planned without it")
-        return {}
+    known: dict[tuple[str, str], Partition] = {}
+    for path in sorted((folder or traced_folder()).glob("*.json")):
+        try:
+            if path.stat().st_size > LARGEST_FILE:
+                raise ValueError("too large")
+            release, family, found = _checked(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            on_note(f"{path} cannot be read ({error.strerror}); planned without it")
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+            on_note(f"{path} is no trace of format {FORMAT}; planned without it")
+        else:
+            known[release, family] = found
+    return known
 
 
-def keep_traced(release: str, family: str, found: Partition, path: Path | None = None) -> Path:
-    """Add one trace, in place of an older one of the same release and family. Raises ConfigError."""
-    path = path or traced_path()
-    known = {**read_traced(path), (release, family): found}
-    entries = [
-        {"torch": version, "family": name, "layer": kept.layer, "outside": kept.outside}
-        for (version, name), kept in sorted(known.items(), key=lambda item: item[0])
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n ".join(json.dumps(entry) for entry in entries)
-    write_text(path, f'{{"format": {FORMAT}, "traced": [\n {lines}\n]}}\n', "--keep")
+def keep_traced(release: str, family: str, found: Partition, folder: Path | None = None) -> Path:
+    """Keep one trace, in place of an older one of the same release and family. Raises ConfigError."""
+    folder = folder or traced_folder()
+    path = folder / f"{release}-{hashlib.sha256(family.encode()).hexdigest()[:16]}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"cannot be made ({error.strerror})"
+        raise ConfigError(Problem("traces", str(folder), rule, "name another place with VRAMPLAN_LEDGER")) from None
+    entry = {"format": FORMAT, "torch": release, "family": family, "layer": found.layer, "outside": found.outside}
+    write_text(path, json.dumps(entry, indent=1) + "\n", "traces")
     return path
 
 
-def _checked(data: Any) -> Traced:
-    if data["format"] != FORMAT:
+def _checked(entry: Any) -> tuple[str, str, Partition]:
+    if entry["format"] != FORMAT or type(entry["torch"]) is not str or type(entry["family"]) is not str:
         raise ValueError("another format")
-    return {
-        (str(entry["torch"]), str(entry["family"])): Partition(_rows(entry["layer"]), _rows(entry["outside"]))
-        for entry in data["traced"]
-    }
-
-
-def _rows(rows: Any) -> tuple[Row, ...]:
-    return tuple(_row(*row) for row in rows)
+    layer, outside = (tuple(_row(*row) for row in entry[name]) for name in ("layer", "outside"))
+    if not layer or min(n for n, *_ in layer) < 1:
+        raise ValueError("every layer keeps something")
+    return entry["torch"], entry["family"], Partition(layer, outside)
 
 
 def _row(n: Any, elements: Any, width: Any, name: Any) -> Row:
-    known = type(n) is int and abs(n) <= LARGEST_COUNT and type(elements) is type(name) is str
-    if not known or width not in (1, 2, 4, 8):
+    if type(n) is not int or abs(n) > LARGEST_COUNT or type(elements) is not str or type(name) is not str:
         raise ValueError("no row of a trace")
-    product(elements, *_ANY)
+    if width not in (1, 2, 4, 8) or product(elements, *_ONE) > LARGEST_ELEMENTS:
+        raise ValueError("no size of a tensor")
     return n, elements, width, name

@@ -15,7 +15,8 @@ from .allocator_settings import AllocatorSettings
 TraceEvent = tuple[str, int, int]
 """Action, bytes, address."""
 
-GROWS, SHRINKS = ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
+UNKNOWN = ("segment_map", "segment_unmap")
+"""Of expandable segments, whose ranges are mapped and unmapped piece by piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,14 @@ class TraceReplay:
 
 
 def replay_trace(events: Sequence[TraceEvent], settings: AllocatorSettings | None = None) -> TraceReplay:
-    """Replay a recorded trace from where everything in it is known. Raises ValueError for a block that is taken twice.
+    """Replay a recorded trace from where everything in it is known.
 
     Reserved bytes are compared after each request: a segment is obtained before the request that needs it is answered.
+    Where segments are freed the cache is emptied, as torch does when it is told to or has no memory left. Raises
+    ValueError for a block that is taken twice, and for expandable segments, which are not compared.
     """
+    if any(action in UNKNOWN for action, _, _ in events):
+        raise ValueError("expandable segments are not compared")
     start = 0
     while (unknown := _first_unknown(events, start)) is not None:
         start = unknown + 1
@@ -47,12 +52,16 @@ def replay_trace(events: Sequence[TraceEvent], settings: AllocatorSettings | Non
     living: dict[int, Block] = {}
     reserved = peak = compared = different = 0
     first: int | None = None
+    emptied = False
     for at in range(start, len(events)):
         action, n_bytes, address = events[at]
-        if action in GROWS:
+        if action == "segment_free" and not emptied:
+            allocator.empty_cache()
+        emptied = action == "segment_free"
+        if action == "segment_alloc":
             reserved += n_bytes
             peak = max(peak, reserved)
-        elif action in SHRINKS:
+        elif action == "segment_free":
             reserved -= n_bytes
         elif action == "free_completed":
             allocator.release(living.pop(address))
@@ -73,9 +82,9 @@ def _first_unknown(events: Sequence[TraceEvent], start: int) -> int | None:
     segments: dict[int, int] = {}
     for at in range(start, len(events)):
         action, n_bytes, address = events[at]
-        if action in GROWS:
+        if action == "segment_alloc":
             segments[address] = n_bytes
-        elif action in SHRINKS:
+        elif action == "segment_free":
             if segments.pop(address, None) is None:
                 return at
         elif action == "alloc":

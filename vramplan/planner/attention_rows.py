@@ -19,8 +19,9 @@ class AttentionRows(StateRows):
     def __init__(self, shape: Shape, step: StepConfig, workspace_bytes: int = 0, kernel: Kernel = "flash") -> None:
         super().__init__(shape, step, workspace_bytes)
         self.kernel = kernel
-        self.alone = bool(np.all(np.asarray(step.batch_size) == 1))
-        """Whether one sequence is all there is: heads and sequences then are one dimension without a copy."""
+        self.one_head = bool(np.all(np.asarray(shape.n_head) == 1))
+        self.alone = self.one_head or bool(np.all(np.asarray(step.batch_size) == 1))
+        """Whether there is one sequence, or one head: heads and sequences then are one dimension without a copy."""
 
     @property
     def pads(self) -> bool:
@@ -52,7 +53,7 @@ class AttentionRows(StateRows):
         """
         changed = name != "v" and (self.shape.qk_norm or self.shape.positions == "rotary")
         repeated = self.repeats and name != "q"
-        moved = self.kernel == "math" and name != "k"
+        moved = self.kernel == "math" and name != "k" and not self.one_head
         if changed or not (self.pads or repeated or moved):
             return x
 
@@ -209,6 +210,8 @@ class AttentionRows(StateRows):
         del values, weights
         out = self._narrowed_output(out)
         del queries, mask, wide, narrow
+        if self.one_head:  # which is joined as it is
+            return out
         joined = self.new("attention output, joined", "activations", self.e * self.h * self.N)
         return self.result(joined, [out], lambda grad: [grad])
 
@@ -237,8 +240,8 @@ class AttentionRows(StateRows):
         return mask
 
     def _folded(self, x: Tensor, name: str, adjacent: bool = False) -> Tensor:
-        """Heads and sequences as one dimension, for a batched product: a copy, unless there is one sequence or they are
-        ``adjacent`` already, as what was repeated is."""
+        """Heads and sequences as one dimension, for a batched product: a copy, unless there is one of either, or they
+        are ``adjacent`` already, as what was repeated is."""
         if self.alone or adjacent:
             return x
         copy = self.new(f"{name}, folded", "activations", 4 * self.h * self.N)

@@ -6,6 +6,7 @@ allocator has handed out; reserved is what it holds from the driver; the process
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from .sampling import Sampling
 from .shape import Ints, Shape
 from .state_rows import plain
 from .step import DeviceKind, StepConfig, release
-from .tape import CATEGORIES, Category, Change, Tape, Unrolled, kept_by_a_repetition, peak, unroll
+from .tape import CATEGORIES, Category, Change, Row, Tape, Unrolled, kept_by_a_repetition, peak, unroll
 
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
@@ -104,7 +105,10 @@ def _table_of(kind: int, shape: Shape, step: StepConfig, gpu: Gpu | None, *, eva
     return table.write(evaluation=evaluation)
 
 
-ALONE, ACCUMULATES, GROUPED, KINDS_PER_KERNEL = 1, 2, 4, 8
+AT_ONCE = 16_000
+"""Candidates that are evaluated together: their arrays stay in the cache."""
+
+ALONE, ACCUMULATES, GROUPED, ONE_HEAD, KINDS_PER_KERNEL = 1, 2, 4, 8, 16
 """What :func:`kinds` adds up."""
 
 
@@ -112,13 +116,16 @@ def kinds(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
     """A number for each candidate; those with the same number have the same tensors, in other sizes.
 
     What tells them apart: the attention kernel, whether heads are grouped, whether gradients accumulate, and, where
-    scores are held, whether there is one sequence only.
+    scores are held, whether heads and sequences are one dimension anyway, because there is one of either.
     """
     kernel = kernel_numbers(shape, step, capability_of(gpu))
     grouped = (np.asarray(shape.n_kv_head) != 0) & (np.asarray(shape.n_kv_head) != shape.n_head)
     accumulates = np.asarray(step.grad_accum) > 1
-    alone = (kernel == KERNELS.index("math")) & (np.asarray(step.batch_size) == 1)
-    return np.asarray(KINDS_PER_KERNEL * kernel + GROUPED * grouped + ACCUMULATES * accumulates + ALONE * alone)
+    composed = kernel == KERNELS.index("math")
+    one_head = composed & (np.asarray(shape.n_head) == 1)
+    alone = composed & (np.asarray(step.batch_size) == 1) & ~one_head
+    ours = GROUPED * grouped + ACCUMULATES * accumulates + ALONE * alone + ONE_HEAD * one_head
+    return np.asarray(KINDS_PER_KERNEL * kernel + ours)
 
 
 def capability_of(gpu: Gpu | None) -> tuple[int, int]:
@@ -147,19 +154,20 @@ def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> In
 
     Without the evaluation, which never is the peak and would take a tenth of the search's time.
     """
-    numbers = kinds(shape, step, gpu)
-    if numbers.size and np.all(numbers == numbers.flat[0]):
+    arrays, numbers = _arrays(shape) | _arrays(step), kinds(shape, step, gpu)
+    whole = np.broadcast_shapes(numbers.shape, *(array.shape for array in arrays.values()))
+    size = math.prod(whole)
+    if size == 1 or (0 < size <= AT_ONCE and np.all(numbers == numbers.flat[0])):
         return peak(_table_of(int(numbers.flat[0]), shape, step, gpu, evaluation=False))
-    every = _arrays(shape) | _arrays(step)
-    *columns, numbers = np.broadcast_arrays(*every.values(), numbers)
-    result = np.empty(numbers.shape, dtype=np.int64)
-    for number in np.unique(numbers).tolist():
-        of = numbers == number
-        part = {name: column[of] for name, column in zip(every, columns, strict=True)}
-        some_shapes = replace(shape, **{name: part[name] for name in _arrays(shape)})
-        some_steps = replace(step, **{name: part[name] for name in _arrays(step)})
-        result[of] = peak(_table_of(number, some_shapes, some_steps, gpu, evaluation=False))
-    return result
+    columns: dict[str, Ints] = {name: np.broadcast_to(array, whole).ravel() for name, array in arrays.items()}
+    result, flat = np.empty(size, dtype=np.int64), np.broadcast_to(numbers, whole).ravel()
+    for number in np.flatnonzero(np.bincount(flat)).tolist():
+        of = np.flatnonzero(flat == number)
+        for part in np.array_split(of, -(-len(of) // AT_ONCE)):
+            some_shapes = replace(shape, **{name: columns[name][part] for name in _arrays(shape)})
+            some_steps = replace(step, **{name: columns[name][part] for name in _arrays(step)})
+            result[part] = peak(_table_of(number, some_shapes, some_steps, gpu, evaluation=False))
+    return result.reshape(whole)
 
 
 def _arrays(config: Any) -> dict[str, Ints]:
@@ -237,9 +245,10 @@ class Estimate:
 
     def _attention_outside(self) -> str:
         """Kernels whose rows no measurement has met."""
-        if self.step.device == "cpu" or self.kernel == "padded flash" or self.kernel == self._usual_kernel:
+        width, dtype, half = self.shape.head_dim, self.step.dtype, self.step.half
+        usual = "flash" in self.kernel if half else self.kernel == "efficient" and width <= MAX_FLASH_HEAD_DIM
+        if self.step.device == "cpu" or usual:
             return ""
-        width, dtype = self.shape.head_dim, self.step.dtype
         why = f"FlashAttention does not train {dtype} heads of {width} on this architecture"
         if width > MAX_FLASH_HEAD_DIM:
             why = f"head_dim {width} is beyond the {MAX_FLASH_HEAD_DIM} that FlashAttention takes"
@@ -247,16 +256,12 @@ class Estimate:
             why = "cards before Ampere do not have FlashAttention"
         if self.kernel == "efficient":
             return f"{why}; the rows are those of the memory-efficient kernel, read from its source and not measured"
-        if not self.step.half:
+        if not half:
             why = f"fused attention takes no float32 heads of {width}, no multiple of 4"
         return (
             f"{why}; so the scores of every head are held, which is counted as torch composes it, and was measured on "
             "no card"
         )
-
-    @property
-    def _usual_kernel(self) -> Kernel:
-        return "flash" if self.step.half else "efficient"
 
     def _compiled_outside(self) -> str:
         step, shape = self.step, self.shape
@@ -286,7 +291,11 @@ class Estimate:
     @cached_property
     def alive_at_peak(self) -> tuple[TensorBytes, ...]:
         """Tensors alive at the peak, equals of one name added up, largest first."""
-        return alive_after(self.changes[: self.peak_index + 1])
+        table, end = self.table, self.peak_index + 1
+        made, gone = table.alloc[:end], table.block[:end][~table.alloc[:end]]
+        living = table.row[:end][made][~np.isin(table.block[:end][made], gone)]
+        counts = np.bincount(living, minlength=len(table.rows))
+        return _by_name((table.rows[number], int(counts[number])) for number in np.flatnonzero(counts).tolist())
 
     @cached_property
     def breakdown(self) -> dict[str, int]:
@@ -325,13 +334,15 @@ class Estimate:
         a process of its own, one sequence after a prompt as long as the context.
         """
         weights, optimizer, gradients = (self._persistent(c) for c in STATE)
+        on_cpu = self.step.device == "cpu"
         accumulating = gradients if self.step.workload == "vramplan" else 0
-        loaded = weights if self.step.device == "cpu" or self.step.workload == "nanogpt" else 0
-        if self.step.device == "cpu" and self.step.optimizer == "adamw8bit":
+        loaded = weights if on_cpu or self.step.workload == "nanogpt" else 0
+        if on_cpu and self.step.optimizer == "adamw8bit":
             loaded += optimizer
         resumed = weights + optimizer + max(loaded, accumulating)
         workspace = next((int(row.size) for row in self.table.rows if row.category == "workspace"), 0)
-        one = replace(self.step, batch_size=1)
+        # on a CPU the sampler computes in float32
+        one = replace(self.step, batch_size=1, dtype="float32" if on_cpu else self.step.dtype)
         sampling = peak(Sampling(self.shape, one, self.shape.block_size, workspace, self.kernel).write())
         first = first_step_peak(self.table, self.step, self.first_step_bytes)
         return {"first step": first, "resume": resumed, "sampling": int(sampling)}
@@ -359,10 +370,15 @@ def alive_after(changes: Iterable[Change]) -> tuple[TensorBytes, ...]:
             living[change.block] = change
         else:
             del living[change.block]
+    return _by_name((change.row, 1) for change in living.values())
+
+
+def _by_name(living: Iterable[tuple[Row, int]]) -> tuple[TensorBytes, ...]:
+    """So many of each row, equals of one name added up, largest first."""
     total: dict[tuple[str, str], int] = {}
-    for change in living.values():
-        key = (change.row.name, change.row.category)
-        total[key] = total.get(key, 0) + int(change.row.size)
+    for row, count in living:
+        key = (row.name, row.category)
+        total[key] = total.get(key, 0) + count * int(row.size)
     rows = [TensorBytes(name, category, size) for (name, category), size in total.items()]
     return tuple(sorted(rows, key=lambda row: -row.n_bytes))
 

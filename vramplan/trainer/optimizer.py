@@ -4,6 +4,7 @@ pure bfloat16 with stochastic rounding; and Muon for the blocks' matrices with A
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -146,12 +147,16 @@ class InBackward(Several):
         super().__init__(parts)
 
     def _update_with(self, part: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        """A hook of the parameter. It refers to the optimizer weakly: what a tensor's hooks hold is never collected."""
+        optimizer, updating = weakref.ref(self), weakref.ref(part)
+
         def update(p: Tensor) -> None:
-            if p.grad is None:
+            whole, own = optimizer(), updating()
+            if p.grad is None or whole is None or own is None:
                 return
             square = p.grad.norm().square()
-            self.squared_norm = square if self.squared_norm is None else self.squared_norm + square
-            part.step()
+            whole.squared_norm = square if whole.squared_norm is None else whole.squared_norm + square
+            own.step()
             p.grad = None
 
         return update
