@@ -32,7 +32,7 @@ def agrees(table: Unrolled, real: StepMeasurement, rel: float, *, one_head: bool
     for phase, n_bytes in real.phase_peaks.items():
         if phase == "evaluation" and one_head:  # off by 1 to 2 %, and never the highest
             continue
-        assert phases[phase] == pytest.approx(n_bytes, rel=0.001), phase
+        assert phases[phase] == pytest.approx(n_bytes, rel=0.002), phase
 
 
 @pytest.mark.parametrize(
