@@ -127,3 +127,14 @@ def test_as_many_keys_as_queries_are_no_groups() -> None:
     shape = Shape(n_layer=2, n_head=heads, n_embd=64 * heads, n_kv_head=4)
     plain = Shape(n_layer=2, n_head=4, n_embd=256)
     assert peak_allocated(shape, StepConfig()).tolist() == [peak_allocated(plain, StepConfig())] * 2
+
+
+@pytest.mark.parametrize(
+    ("card", "outside"), [("H100 SXM", True), ("B200", True), ("A100 80GB", False), ("5090", False)]
+)
+def test_where_torch_prefers_cudnn_only_our_trainer_is_known(card: str, outside: bool) -> None:
+    shape, gpu = Shape(n_layer=2, n_head=4, n_embd=256), find_gpu(card)
+    script = StepConfig(loss="full", workload="nanogpt")
+    assert ("cuDNN" in " ".join(estimate(shape, script, gpu).caveats)) is outside
+    assert not estimate(shape, StepConfig(loss="full"), gpu).caveats
+    assert not estimate(shape, replace(script, dtype="float32"), gpu).caveats

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -73,3 +75,21 @@ def test_gradients_stay_only_where_they_accumulate(grad_accum: int) -> None:
     after = [p.grad.data_ptr() if p.grad is not None else None for p in train.model.parameters()]
     assert after == addresses
     assert all((address is None) == (grad_accum == 1) for address in after)
+
+
+def test_attention_is_the_kernel_that_was_planned_for() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make(StepConfig(device="cpu", dtype="float32"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_step_whose_updates_happen_in_the_backward_is_freed() -> None:
+    """A parameter's hooks that held the optimizer would keep both alive for ever."""
+    step = StepConfig(batch_size=2, dtype="float32", optimizer="adamw-in-backward", device="cpu")
+    train = make(step)
+    train(batches(step, 0), 1e-2)
+    model, optimizer = weakref.ref(train.model), weakref.ref(train.optimizer)
+    del train
+    gc.collect()
+    assert model() is None
+    assert optimizer() is None

@@ -2,7 +2,7 @@
 
 Read from torch's sources: ``sdp_utils.cpp`` says which kernel takes which heads, ``attention_backward.cu`` and
 ``mem_eff_attention/kernel_backward.h`` what the memory-efficient one works in. cuDNN's attention, which torch prefers
-on data-centre cards of Hopper and Blackwell, is not told apart from FlashAttention.
+on data-centre cards of Hopper and Blackwell, has no rows; our trainer does not use it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def takes_flash(width: Ints, half: bool, capability: Capability, dropout: float 
     if any(first <= capability <= last for first, last in NARROW_FLASH):
         taken &= (np.asarray(width) <= LEAST_NARROW) | ((np.asarray(width) > MOST_NARROW) & (dropout == 0))
     return taken
+
+
+def prefers_cudnn(half: bool, capability: Capability) -> bool:
+    """Whether torch asks cuDNN before FlashAttention on this architecture (``check_prefer_cudnn_attention``)."""
+    return half and capability[0] in (9, 10)
 
 
 def kernel_numbers(shape: Shape, step: StepConfig, capability: Capability) -> Ints:

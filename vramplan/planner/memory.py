@@ -16,7 +16,7 @@ import numpy as np
 
 from ..units import MIB
 from .allocator_settings import AllocatorSettings
-from .attention import KERNELS, LEAST_NARROW, MAX_FLASH_HEAD_DIM, Kernel, kernel_numbers
+from .attention import KERNELS, LEAST_NARROW, MAX_FLASH_HEAD_DIM, Kernel, kernel_numbers, prefers_cudnn
 from .compiled import TRACED_TORCH, CompiledStep
 from .eager import EagerStep
 from .evidence import NO_EVIDENCE, Evidence
@@ -220,6 +220,7 @@ class Estimate:
     context_bytes: int
     first_step_bytes: int = 0
     kernel: Kernel = "flash"
+    capability: tuple[int, int] = DEFAULT_CAPABILITY
     evidence: Evidence = NO_EVIDENCE
 
     @property
@@ -247,7 +248,11 @@ class Estimate:
         """Kernels whose rows no measurement has met."""
         width, dtype, half = self.shape.head_dim, self.step.dtype, self.step.half
         usual = "flash" in self.kernel if half else self.kernel == "efficient" and width <= MAX_FLASH_HEAD_DIM
-        if self.step.device == "cpu" or usual:
+        if self.step.device == "cpu":
+            return ""
+        if usual and self.step.workload != "vramplan" and prefers_cudnn(half, self.capability):
+            return "torch may run cuDNN's attention on this architecture, and the rows are FlashAttention's"
+        if usual:
             return ""
         why = f"FlashAttention does not train {dtype} heads of {width} on this architecture"
         if width > MAX_FLASH_HEAD_DIM:
@@ -407,5 +412,6 @@ def estimate(
         context,
         tuning,
         attention_kernel(shape, step, gpu),
+        capability_of(gpu),
         gpu.evidence if gpu else NO_EVIDENCE,
     )

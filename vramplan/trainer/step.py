@@ -64,6 +64,7 @@ class TrainStep:
         self.model, self.optimizer, self.step = model, optimizer, step
         self.grad_clip, self.device = grad_clip, device
         torch.set_float32_matmul_precision("high" if step.dtype == "tf32" else "highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # torch prefers it on some cards, and it was not planned for
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == "float16")
         self.applying = self._allocated = False
         self.on_phase: Callable[[str], None] = lambda phase: None
