@@ -139,7 +139,11 @@ HEAD = '{"format": 1, "torch": "2.14", "family": "f", '
         HEAD + ROWS % '[1, "N h", 3, "x"]' + "}", HEAD + ROWS % '[1, "N evil", 2, "x"]' + "}",
         HEAD + ROWS % '["1", "N", 2, "x"]' + "}", HEAD + ROWS % '[-5, "N h", 2, "x"]' + "}",
         HEAD + ROWS % f'[1, "N {"9" * 26}", 2, "x"]' + "}", HEAD + ROWS % f'[1, "{"9" * 5000}", 2, "x"]' + "}",
-        HEAD + '"outside": 5, "layer": [[1, "N h", 2, "x"]]}',
+        HEAD + '"outside": 5, "layer": [[1, "N h", 2, "x"]]}', HEAD + ROWS % '[1, "N h h h h h", 2, "x"]' + "}",
+        HEAD + ROWS % '[1, "N h", true, "x"]' + "}", HEAD + ROWS % '[1, "0", 2, "x"]' + "}",
+        HEAD + ROWS % '[1, "\u0663", 2, "x"]' + "}", HEAD.replace("2.14", "banana") + ROWS % '[1, "N", 2, "x"]' + "}",
+        HEAD.replace("1", "true", 1) + ROWS % '[1, "N", 2, "x"]' + "}",
+        HEAD + ROWS % '[1, "N h", 2, "x"]' + "}",  # right, but a copy under another name
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_said_left_out_and_left_alone(text: str) -> None:

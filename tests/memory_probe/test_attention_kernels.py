@@ -70,6 +70,8 @@ def test_real_steps_that_hold_the_scores(shape: dict[str, Any], step: dict[str, 
         ("t4", {"n_head": 6, "n_embd": 384, "n_kv_head": 1}, {}, "math"),
         ("A100 80GB", {"n_head": 3, "n_embd": 960}, BLOCK, "efficient"),
         ("A100 80GB", {"n_head": 3, "n_embd": 972}, {}, "math"),
+        ("4070", {"n_head": 1, "n_embd": 90}, {"batch_size": 3}, "padded flash"),
+        ("4070", {"n_head": 1, "n_embd": 90}, {"batch_size": 1, **BLOCK}, "padded flash"),
     ],
 )
 def test_steps_with_cudas_operators(card: str, shape: dict[str, Any], step: dict[str, Any], kernel: Kernel) -> None:

@@ -37,11 +37,14 @@ def trace(config: Path, rank: int, no_keep: bool, as_json: bool) -> None:
     step = replace(step, compile=True, device="cuda")
     if problems := check(shape, step):
         raise ConfigError(problems)
+    from ..memory_probe.traced import keep_traced, made_folder
+
+    if not no_keep:
+        made_folder()  # what cannot be kept is not worth the time
     progress()("tracing")
     import torch
 
     from ..memory_probe.partition import partition
-    from ..memory_probe.traced import keep_traced
 
     release, kind = short(torch.__version__), family(shape, step)
     try:

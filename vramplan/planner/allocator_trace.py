@@ -43,7 +43,8 @@ def replay_trace(events: Sequence[TraceEvent], settings: AllocatorSettings | Non
     Where segments are freed the cache is emptied, as torch does when it is told to or has no memory left. Raises
     ValueError for a block that is taken twice, and for expandable segments, which are not compared.
     """
-    if any(action in UNKNOWN for action, _, _ in events):
+    expandable = settings is not None and settings.expandable_segments
+    if expandable or any(action in UNKNOWN for action, _, _ in events):
         raise ValueError("expandable segments are not compared")
     start = 0
     while (unknown := _first_unknown(events, start)) is not None:

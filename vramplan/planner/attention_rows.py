@@ -181,6 +181,8 @@ class AttentionRows(StateRows):
         def backward(_: Memory) -> Sequence[Memory]:
             return [self.new("gradient of padded out", "temporaries", size)]
 
+        if self.one_head:  # which is joined as it is, padding left out
+            return self.result(attended.memory, [attended], backward)
         out = self.new("attention output, joined", "activations", self.e * self.h * self.N)
         return self.result(out, [attended], backward)
 

@@ -116,13 +116,14 @@ def kinds(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> Ints:
     """A number for each candidate; those with the same number have the same tensors, in other sizes.
 
     What tells them apart: the attention kernel, whether heads are grouped, whether gradients accumulate, and, where
-    scores are held, whether heads and sequences are one dimension anyway, because there is one of either.
+    heads are padded or scores are held, whether heads need no joining or folding, because there is one of them, or one
+    sequence.
     """
     kernel = kernel_numbers(shape, step, capability_of(gpu))
     grouped = (np.asarray(shape.n_kv_head) != 0) & (np.asarray(shape.n_kv_head) != shape.n_head)
     accumulates = np.asarray(step.grad_accum) > 1
     composed = kernel == KERNELS.index("math")
-    one_head = composed & (np.asarray(shape.n_head) == 1)
+    one_head = (composed | (kernel == KERNELS.index("padded flash"))) & (np.asarray(shape.n_head) == 1)
     alone = composed & (np.asarray(step.batch_size) == 1) & ~one_head
     ours = GROUPED * grouped + ACCUMULATES * accumulates + ALONE * alone + ONE_HEAD * one_head
     return np.asarray(KINDS_PER_KERNEL * kernel + ours)
@@ -154,6 +155,7 @@ def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> In
 
     Without the evaluation, which never is the peak and would take a tenth of the search's time.
     """
+    shape, step = replace(shape, **_widened(shape)), replace(step, **_widened(step))
     arrays, numbers = _arrays(shape) | _arrays(step), kinds(shape, step, gpu)
     whole = np.broadcast_shapes(numbers.shape, *(array.shape for array in arrays.values()))
     size = math.prod(whole)
@@ -168,6 +170,11 @@ def peak_allocated(shape: Shape, step: StepConfig, gpu: Gpu | None = None) -> In
             some_steps = replace(step, **{name: columns[name][part] for name in _arrays(step)})
             result[part] = peak(_table_of(number, some_shapes, some_steps, gpu, evaluation=False))
     return result.reshape(whole)
+
+
+def _widened(config: Any) -> dict[str, Ints]:
+    """Arrays of narrower integers, in 64 bits: products of sizes need them."""
+    return {name: array.astype(np.int64) for name, array in _arrays(config).items() if array.dtype != np.int64}
 
 
 def _arrays(config: Any) -> dict[str, Ints]:

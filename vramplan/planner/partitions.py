@@ -15,6 +15,9 @@ from .step import StepConfig, release
 Row = tuple[int, str, int, str]
 """How often; elements as a product of named dimensions such as ``N h``; bytes per element; where it is made."""
 
+MOST_FACTORS = 3
+"""No tensor that was traced is a product of more."""
+
 GRANULARITY = 512
 """What CUDA's allocator rounds up to."""
 
@@ -85,7 +88,11 @@ def product(symbol: str, shape: Shape, step: StepConfig) -> Ints:
     if symbol in known:
         return known[symbol]
     names = symbol.split()
-    unknown = [name for name in names if not (name.isdigit() or name in known)]
-    if unknown or not names:
+    unknown = [name for name in names if not (_is_number(name) or name in known)]
+    if unknown or not 0 < len(names) <= MOST_FACTORS:
         raise ValueError(f"{unknown or symbol!r} is no dimension")
-    return math.prod(int(name) if name.isdigit() else known[name] for name in names)
+    return math.prod(int(name) if _is_number(name) else known[name] for name in names)
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
