@@ -200,7 +200,7 @@ def _chosen(candidates: list[_Candidate], full: Estimate, found: OomText) -> Loo
             phase=at.change.phase if len(names) == 1 else " or ".join(phases),
             n_bytes=size,
             product=product(names[0], size, full.shape, full.step),
-            also_alive=alive_after(full.changes[: at.index])[:ALSO_ALIVE],
+            also_alive=alive_after(full.table, at.index)[:ALSO_ALIVE],
             alive_bytes=at.alive_bytes,
         )
     )

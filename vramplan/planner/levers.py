@@ -153,12 +153,7 @@ def _hopeful(shape: Shape, step: StepConfig, gpu: Gpu | None, budget_bytes: int,
     """Batch sizes whose tensors alone fit, by the closed form: what the allocator adds is not counted yet."""
     sequences = int(step.batch_size * step.grad_accum)
     legal = np.array(divisors(sequences), dtype=np.int64)
-    evidence = gpu.evidence if gpu else NO_EVIDENCE
-    found: list[int] = []
-    for part in (legal[legal < sequences], legal[legal == sequences]):
-        if len(part):
-            several = replace(step, batch_size=part, grad_accum=sequences // part)
-            allocated = peak_allocated(shape, several, gpu)
-            needed = needed_bytes(allocated + context_bytes(gpu, step.device), step, max_risk, evidence)
-            found += part[np.broadcast_to(needed <= budget_bytes, part.shape)].tolist()
-    return found
+    several = replace(step, batch_size=legal, grad_accum=sequences // legal)
+    process = peak_allocated(shape, several, gpu) + context_bytes(gpu, step.device)
+    needed = needed_bytes(process, step, max_risk, gpu.evidence if gpu else NO_EVIDENCE)
+    return legal[np.broadcast_to(needed <= budget_bytes, legal.shape)].tolist()  # type: ignore[no-any-return]

@@ -7,7 +7,6 @@ allocator has handed out; reserved is what it holds from the driver; the process
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -28,7 +27,7 @@ from .sampling import Sampling
 from .shape import Ints, Shape
 from .state_rows import plain
 from .step import DeviceKind, StepConfig, release
-from .tape import CATEGORIES, Category, Change, Row, Tape, Unrolled, kept_by_a_repetition, peak, unroll
+from .tape import CATEGORIES, Category, Change, Tape, Unrolled, kept_by_a_repetition, peak, unroll
 
 DEFAULT_CAPABILITY = (8, 9)
 """Assumed when no card is named: workspaces and context of an Ada card."""
@@ -303,11 +302,7 @@ class Estimate:
     @cached_property
     def alive_at_peak(self) -> tuple[TensorBytes, ...]:
         """Tensors alive at the peak, equals of one name added up, largest first."""
-        table, end = self.table, self.peak_index + 1
-        made, gone = table.alloc[:end], table.block[:end][~table.alloc[:end]]
-        living = table.row[:end][made][~np.isin(table.block[:end][made], gone)]
-        counts = np.bincount(living, minlength=len(table.rows))
-        return _by_name((table.rows[number], int(counts[number])) for number in np.flatnonzero(counts).tolist())
+        return alive_after(self.table, self.peak_index + 1)
 
     @cached_property
     def breakdown(self) -> dict[str, int]:
@@ -359,6 +354,11 @@ class Estimate:
         first = first_step_peak(self.table, self.step, self.first_step_bytes)
         return {"first step": first, "resume": resumed, "sampling": int(sampling)}
 
+    @property
+    def every_peak(self) -> dict[str, int]:
+        """Highest allocated bytes of a step's phases, and beside a step."""
+        return self.phase_peaks | self.besides
+
     def as_dict(self) -> dict[str, object]:
         """What ``estimate --json`` prints about memory."""
         return {
@@ -367,30 +367,23 @@ class Estimate:
             "process_bytes": self.process_bytes,
             "peak_phase": self.peak_phase,
             "breakdown": self.breakdown,
-            "phase_peaks": self.phase_peaks | self.besides,
+            "phase_peaks": self.every_peak,
             "host_bytes": int(host_bytes(self.shape, self.step)),
             "parameters": int(self.shape.parameters),
             "caveats": list(self.caveats),
         }
 
 
-def alive_after(changes: Iterable[Change]) -> tuple[TensorBytes, ...]:
-    """Tensors alive after these changes, equals of one name added up, largest first."""
-    living: dict[int, Change] = {}
-    for change in changes:
-        if change.alloc:
-            living[change.block] = change
-        else:
-            del living[change.block]
-    return _by_name((change.row, 1) for change in living.values())
-
-
-def _by_name(living: Iterable[tuple[Row, int]]) -> tuple[TensorBytes, ...]:
-    """So many of each row, equals of one name added up, largest first."""
+def alive_after(table: Unrolled, end: int) -> tuple[TensorBytes, ...]:
+    """Tensors alive after the first ``end`` changes, equals of one name added up, largest first."""
+    made, gone = table.alloc[:end], table.block[:end][~table.alloc[:end]]
+    living = table.row[:end][made][~np.isin(table.block[:end][made], gone)]
+    counts = np.bincount(living, minlength=len(table.rows))
     total: dict[tuple[str, str], int] = {}
-    for row, count in living:
+    for number in np.flatnonzero(counts).tolist():
+        row = table.rows[number]
         key = (row.name, row.category)
-        total[key] = total.get(key, 0) + count * int(row.size)
+        total[key] = total.get(key, 0) + int(counts[number]) * int(row.size)
     rows = [TensorBytes(name, category, size) for (name, category), size in total.items()]
     return tuple(sorted(rows, key=lambda row: -row.n_bytes))
 

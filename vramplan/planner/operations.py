@@ -56,7 +56,7 @@ class Operations(AttentionRows):
         w = self.cast(f"{name}.weight", n_out * n_in)
         out: Memory = ()
         if name != self.stop_at:
-            out = self.plain_output(f"{name} output", size)
+            out = self.new(f"{name} output", "activations", size)
 
         kept = [x.memory, w.memory]
         inputs = [x, w, *([b] if b else [])]
@@ -76,10 +76,6 @@ class Operations(AttentionRows):
             return [given(), dw]
         dx, dw = given(), weight()
         return [dx, dw, self.new(f"{name}.bias gradient", "gradients", self.e * n_out)]
-
-    def plain_output(self, name: str, n_bytes: Ints) -> Memory:
-        """An activation."""
-        return self.new(name, "activations", n_bytes)
 
     # ---------------------------------------------------------------- normalisation
 

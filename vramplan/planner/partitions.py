@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .allocator import MIN_BLOCK
 from .shape import Ints, Shape
 from .step import StepConfig, release
 
@@ -17,9 +18,6 @@ Row = tuple[int, str, int, str]
 
 MOST_FACTORS = 3
 """No tensor that was traced is a product of more."""
-
-GRANULARITY = 512
-"""What CUDA's allocator rounds up to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ def partition_of(traced: Traced, shape: Shape, step: StepConfig) -> Partition | 
 
 def rounded(n_bytes: Ints) -> Ints:
     """As many bytes as CUDA's allocator hands out."""
-    return -(-n_bytes // GRANULARITY) * GRANULARITY
+    return -(-n_bytes // MIN_BLOCK) * MIN_BLOCK
 
 
 def dimensions(shape: Shape) -> dict[str, Ints]:

@@ -57,7 +57,7 @@ class StateRows(Graph):
         # LayerNorm statistics: float32 on CUDA, as the input on CPU
         self.stat = 4 if self.cuda or not step.half or self.wide_norms else 2
         self.workspace_bytes = workspace_bytes
-        # With accumulation the gradients exist already; one table has one answer, so the search splits its candidates.
+        # With accumulation the gradients exist already; one table has one answer (memory.kinds tells them apart).
         self.accumulates = bool(np.all(np.asarray(step.grad_accum) > 1))
         super().__init__(Tape(MIN_BLOCK if self.cuda else 1))
 

@@ -77,7 +77,7 @@ class RiskReport:
     @property
     def beside_the_step(self) -> list[tuple[str, int]]:
         """What is allocated at most where it is not a usual step that runs."""
-        peaks = self.estimate.phase_peaks | self.estimate.besides
+        peaks = self.estimate.every_peak
         return [(name, peaks[name]) for name in BESIDE_A_STEP if name in peaks]
 
     @property

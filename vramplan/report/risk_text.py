@@ -221,7 +221,7 @@ def measured_lines(report: RiskReport) -> list[str]:
 def measured_phases(report: RiskReport) -> list[tuple[str, int, int | None]]:
     """Each phase a run measured: its most allocated bytes, and those expected of it (None where nothing was)."""
     peaks: dict[str, int] = report.measured.get("phase_peaks") or {}
-    expected = report.estimate.phase_peaks | report.estimate.besides
+    expected = report.estimate.every_peak
     found = []
     for phase, size in peaks.items():
         parts = [p for p in STEP_PARTS.get(phase, (phase,)) if p in expected]
